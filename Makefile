@@ -1,0 +1,85 @@
+# Everything a person does with a checkout. `make` alone says what there is.
+#
+# PYTHON=python3.13 chooses the interpreter; PORT and every other variable of the configuration are
+# passed on to `make run`; ARGS="-k stop" to pytest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Nothing outside the checkout is written, so pip gets no cache in the home unless it is given one.
+ifndef PIP_CACHE_DIR
+export PIP_NO_CACHE_DIR := 1
+endif
+
+# pip asks rustc for its version, and rustup's stand-in for rustc then makes its directory in the home.
+ifeq ($(RUSTUP_HOME)$(wildcard $(HOME)/.rustup),)
+export RUSTUP_HOME := $(CURDIR)/$(VENV)/rustup
+endif
+
+.DEFAULT_GOAL := help
+
+# A checkout that was moved or copied needs its .venv built anew: its scripts name where they were.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(STAMP) ## Build .venv with everything that running, testing and linting need
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Sluicegate needs Python 3.11 or newer, and '$(PYTHON)' is not: install one, or say make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@[ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed: install the venv module (on Debian: apt-get install python3-venv)" >&2; \
+	  rm -rf $(VENV); exit 1; }
+	@echo "Installing into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	@printf '%s\n' "$(CURDIR)" > $@
+
+.PHONY: run
+run: install ## Run everything; PORT=9000 for another port
+	@$(BIN)/sluicegate up
+
+.PHONY: test
+test: install ## Run the unit, integration and functional tests; ARGS="-k stop" for some
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: install ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: install ## Put the code into the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: model
+model: install ## Check the model of the protocol; needs spin and a C compiler
+	@command -v spin >/dev/null || { echo "spin is not installed: get it from your system's packages" >&2; exit 1; }
+	$(BIN)/python docs/model/check.py
+
+.PHONY: lock
+lock: ## Write constraints.txt anew, with the newest version of everything
+	rm -rf .lock
+	$(PYTHON) -m venv .lock
+	.lock/bin/python -m pip install --quiet '.[test,dev]'
+	{ head -1 constraints.txt; .lock/bin/python -m pip freeze --exclude sluicegate; } > .lock/constraints.txt
+	mv .lock/constraints.txt constraints.txt
+	rm -rf .lock build
+
+.PHONY: clean
+clean: ## Remove .venv and caches; var/, where your data is, stays
+	rm -rf $(VENV) .lock .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

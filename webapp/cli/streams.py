@@ -1,0 +1,93 @@
+"""`sluicegate streams`: what is being generated, and stopping it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import click
+
+if TYPE_CHECKING:
+    from webapp.streams.manager import StreamSessionManager
+    from webapp.streams.queries import SessionQueries
+    from webapp.views import ReceiptView, SessionView
+
+_LISTED = 100
+_STOPPED_AT_ONCE = 8
+_BATCH = 1000
+
+
+@click.group()
+def streams() -> None:
+    """List and stop streams."""
+
+
+@streams.command("list")
+@click.option("--active", is_flag=True, help="Only those that have not ended.")
+@click.option("--user", "user_name", metavar="NAME", help="Only those that NAME began.")
+@click.option("--model", metavar="NAME", help="Only those of one model.")
+@click.option("--limit", type=click.IntRange(min=1), default=_LISTED, show_default=True, help="At most so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_streams(active: bool, user_name: str | None, model: str | None, limit: int, as_json: bool) -> None:
+    """List streams, the newest first."""
+    from webapp.cli.output import print_json, print_table
+    from webapp.cli.services import open_services
+
+    queries = open_services().queries
+    found = queries.list_streams(active_only=active, user_name=user_name, model=model, limit=limit)
+    if as_json:
+        print_json([view.as_dict() for view in found])
+        return
+    columns = ("Session", "Status", "Phase or reason", "Model", "Length", "Attempt", "Viewers", "Started", "Ended")
+    print_table(columns, [_row(view) for view in found])
+
+
+@streams.command()
+@click.argument("ids", nargs=-1, type=click.UUID, metavar="ID...")
+@click.option("--user", "user_name", metavar="NAME", help="All that NAME began.")
+@click.option("--model", metavar="NAME", help="All of one model.")
+@click.option("--all", "everything", is_flag=True, help="All there are.")
+def stop(ids: tuple[UUID, ...], user_name: str | None, model: str | None, everything: bool) -> int:
+    """Stop the streams with these IDs, or all active ones that --user and --model select."""
+    if bool(ids) + bool(user_name or model) + everything != 1:
+        raise click.UsageError("say which: IDs, or --user and --model, or --all")
+    from webapp.cli.services import open_services
+
+    services = open_services()
+    chosen = list(ids) or _active(services.queries, user_name, model)
+    with ThreadPoolExecutor(_STOPPED_AT_ONCE) as pool:
+        failures = list(pool.map(partial(_stop_one, services.manager), chosen))
+    if not chosen:
+        click.echo("No active stream matches")
+    return 1 if any(failures) else 0
+
+
+def _active(queries: SessionQueries, user_name: str | None, model: str | None) -> list[UUID]:
+    found = queries.list_streams(active_only=True, user_name=user_name, model=model, limit=_BATCH)
+    return [view.session_id for view in found]
+
+
+def _stop_one(manager: StreamSessionManager, session_id: UUID) -> bool:
+    """Stop one stream and say what came of it; whether that failed."""
+    from webapp.cli.failures import explain
+    from webapp.streams.lifecycle import TerminationReason
+
+    try:
+        receipt = manager.terminate(session_id, TerminationReason.ADMIN)
+    except Exception as error:
+        click.echo(f"sluicegate: {session_id}: {explain(error)}", err=True)
+        return True
+    click.echo(_outcome(receipt))
+    return False
+
+
+def _outcome(receipt: ReceiptView) -> str:
+    verb = "had ended before" if receipt.already_ended else "stopped"
+    return f"{receipt.session_id} {verb}: {receipt.status} ({receipt.reason}), {receipt.length} characters"
+
+
+def _row(view: SessionView) -> tuple[Any, ...]:
+    found = (view.session_id, view.status, view.reason or view.phase, view.model, view.length, view.attempt)
+    return (*found, view.viewers, view.started_at, view.ended_at)

@@ -1,0 +1,379 @@
+"""`sluicegate up`: everything on one machine, with one command."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from webapp.config import Settings
+    from webapp.embedded.supervisor import Program, Supervisor
+
+OWNER = "owner"
+"""The user that is made at the first start, and that the one-time sign-in token is for."""
+
+_READY_SECONDS = 120
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 9.0  # the promise is 10
+_PROGRAM_STOP_SECONDS = 5
+_EMBEDDED_STOP_SECONDS = 2
+_DRAIN_SECONDS = 3.0
+_DESCRIPTORS = 16_384
+_TAIL_LINES = 20
+_EMBEDDED_LAYER, _PROGRAM_LAYER = 1, 2
+# An empty value of these means what no value means.
+_EMPTY_IS_UNSET = ("DATABASE_URL", "REDIS_URL", "CELERY_BROKER_URL", "OLLAMA_BASE_URL", "PORT", "SLUICEGATE_DATA_DIR")
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65535), help="The page's port; 0: a free one.  [default: PORT or 8000]")
+@click.option(
+    "--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where everything is written.  [default: var]"
+)
+@click.option(
+    "--procfile", type=click.Path(dir_okay=False, path_type=Path), help="What to run.  [default: the checkout's]"
+)
+def up(port: int | None, data_dir: Path | None, procfile: Path | None) -> None:
+    """Run everything that the Procfile names, with an embedded Valkey and a demo model where none is set.
+
+    Ctrl-C and SIGTERM stop it all within ten seconds; a second one ends it at once.
+    """
+    from webapp.config import EMBEDDED_ENV_FILE, load_settings
+
+    _take_options(port, data_dir)
+    directory = load_settings().data_dir.absolute()
+    os.environ["SLUICEGATE_DATA_DIR"] = str(directory)
+    with _sole_use_of(directory):
+        Deployment(load_settings(), directory / EMBEDDED_ENV_FILE, procfile).run()
+
+
+def _take_options(port: int | None, data_dir: Path | None) -> None:
+    """Into the environment, where this process and all that it starts find them."""
+    for name in _EMPTY_IS_UNSET:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    if port is not None:
+        os.environ["PORT"] = str(port)
+    if data_dir is not None:
+        os.environ["SLUICEGATE_DATA_DIR"] = str(data_dir)
+
+
+@contextmanager
+def _sole_use_of(directory: Path) -> Iterator[None]:
+    """Hold the data directory's lock, with what a killed `up` left over out of the way."""
+    from webapp.embedded.runtime import lock_file
+    from webapp.errors import ConfigurationError
+
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = lock_file(directory / "up.lock")
+    if lock is None:
+        raise ConfigurationError(
+            f"`sluicegate up` runs already with the data directory {directory}: "
+            "stop it, or give this one its own with --data-dir and --port"
+        )
+    with lock:
+        _end_leftovers(directory)
+        yield
+
+
+def _end_leftovers(directory: Path) -> None:
+    from webapp.config import EMBEDDED_ENV_FILE
+    from webapp.embedded.runtime import read_environment
+    from webapp.embedded.supervisor import end_orphan
+    from webapp.embedded.valkey import shut_down
+
+    if end_orphan(directory):
+        _say("Ended what a killed `sluicegate up` had left running", to_stderr=True)
+    embedded = directory / EMBEDDED_ENV_FILE
+    url = read_environment(embedded).get("REDIS_URL")
+    if url and shut_down(url):
+        _say("Ended the Valkey that a killed `sluicegate up` had left running", to_stderr=True)
+    embedded.unlink(missing_ok=True)
+
+
+class _Stopped(Exception):
+    """A signal asked for the end before everything ran."""
+
+
+class Deployment:
+    """One run of everything: prepared, started, watched, stopped."""
+
+    def __init__(self, settings: Settings, environment_file: Path, procfile: Path | None) -> None:
+        self._settings = settings
+        self._directory = settings.data_dir
+        self._environment_file = environment_file
+        self._procfile = procfile
+        self._embedded: dict[str, str] = {}
+        self._release_command: list[str] | None = None
+        self._programs: list[Program] = []
+        self._supervisor: Supervisor | None = None
+        self._failure: Exception | None = None
+        self._signals = 0
+        self._stop_deadline = float("inf")
+
+    def run(self) -> None:
+        """Return when everything has been stopped on request.
+
+        Raises:
+            SluicegateError: it could not be started; whatever ran is stopped.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+                signal.signal(number, self._on_signal)
+        try:
+            self._prepare()
+            self._release()
+            self._serve()
+        except _Stopped:
+            pass
+        finally:
+            self._environment_file.unlink(missing_ok=True)
+
+    # -- before anything runs --------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        from webapp.cli.procfile import find_procfile, read_procfile
+        from webapp.embedded.runtime import write_environment
+
+        _say(f"Data: {self._directory}")
+        commands = read_procfile(self._procfile or find_procfile())
+        self._choose_ports(with_flower="flower" in commands)
+        self._embed_valkey()
+        self._embed_model()
+        self._add_programs(commands)
+        drain_seconds = min(self._settings.drain_seconds, _DRAIN_SECONDS)
+        os.environ |= {"SLUICEGATE_DRAIN_SECONDS": str(drain_seconds), **self._embedded}
+        if self._embedded:
+            write_environment(self._environment_file, self._embedded)
+        _raise_descriptor_limit()
+
+    def _choose_ports(self, *, with_flower: bool) -> None:
+        from webapp.embedded.runtime import free_port, port_problem
+        from webapp.errors import ConfigurationError
+
+        host, port = self._settings.host, self._settings.port
+        if port == 0:
+            port = free_port(host)
+            os.environ["PORT"] = str(port)
+        elif problem := port_problem(host, port):
+            raise ConfigurationError(problem)
+        flower_port = self._settings.flower_port
+        if with_flower and (flower_port in (0, port) or port_problem(host, flower_port)):
+            flower_port = free_port(host)
+            os.environ["SLUICEGATE_FLOWER_PORT"] = str(flower_port)
+        self._settings = self._settings.model_copy(update={"port": port, "flower_port": flower_port})
+
+    def _embed_valkey(self) -> None:
+        if self._settings.redis_url:
+            return
+        from webapp.embedded.valkey import EmbeddedValkey
+
+        valkey = EmbeddedValkey(self._directory / "valkey")
+        self._add("valkey", valkey.prepare(), _EMBEDDED_LAYER, steady_seconds=1)
+        self._embedded["REDIS_URL"] = valkey.url
+        _say(f"Redis: REDIS_URL is not set, so an embedded Valkey runs on port {valkey.port}")
+
+    def _embed_model(self) -> None:
+        from webapp.embedded.runtime import free_port
+
+        url = self._settings.ollama_base_url
+        if "ollama_base_url" in self._settings.model_fields_set or get(f"{url}/api/version")[0] == 200:
+            _say(f"Model: Ollama at {url}")
+            return
+        port = free_port()
+        command = [sys.executable, "-m", "webapp.embedded.demo_model", "--port", str(port)]
+        self._add("demo", command, _EMBEDDED_LAYER, steady_seconds=1)
+        self._embedded["OLLAMA_BASE_URL"] = f"http://127.0.0.1:{port}"
+        _say(f"Model: no Ollama at {url}, so a demo model answers, which is no language model (set OLLAMA_BASE_URL)")
+
+    def _add_programs(self, commands: dict[str, list[str]]) -> None:
+        from webapp.cli.procfile import RELEASE
+        from webapp.errors import ConfigurationError
+
+        self._release_command = commands.pop(RELEASE, None)
+        for name, command in commands.items():
+            if any(program.name == name for program in self._programs):
+                raise ConfigurationError(f"the Procfile may not name a process {name!r}: an embedded part is so named")
+            self._add(name, command, _PROGRAM_LAYER)
+
+    def _add(self, name: str, command: list[str], layer: int, steady_seconds: int = 5) -> None:
+        from webapp.embedded.supervisor import Program
+
+        stop_seconds = _EMBEDDED_STOP_SECONDS if layer == _EMBEDDED_LAYER else _PROGRAM_STOP_SECONDS
+        self._programs.append(Program(name, command, layer, stop_seconds, steady_seconds))
+
+    # -- the release step --------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        from webapp.errors import ConfigurationError
+
+        if self._release_command is None:
+            return
+        log = self._directory / "log" / "release.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                self._release_command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+            while process.poll() is None:
+                if self._signals:
+                    process.terminate()
+                    process.wait()
+                    raise _Stopped
+                time.sleep(_POLL_SECONDS)
+        if process.returncode != 0:
+            _show_tail(log)
+            raise ConfigurationError(f"the release step failed; its output is above and in {log}")
+
+    # -- while everything runs ----------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        from webapp.embedded.supervisor import Supervisor
+
+        self._supervisor = Supervisor(self._directory, self._programs, lambda line: _say(line, to_stderr=True))
+        names = ", ".join(program.name for program in self._programs)
+        _say(f"Starting {names}; their logs: {self._supervisor.log_directory}")
+        thread = threading.Thread(target=self._supervise, args=[self._supervisor], name="supervisor")
+        thread.start()
+        try:
+            if not self._signals:
+                self._announce(thread)
+                self._watch(thread)
+        except _Stopped:
+            pass
+        finally:
+            self._stop()
+            self._watch(thread)
+        if self._failure:
+            raise self._failure
+
+    def _supervise(self, supervisor: Supervisor) -> None:
+        try:
+            supervisor.run()
+        except Exception as error:
+            self._failure = error
+
+    def _announce(self, thread: threading.Thread) -> None:
+        """Await readiness, then print the one line that everything before leads to."""
+        from webapp.cli.services import open_accounts
+        from webapp.cli.users import sign_in_url
+
+        accounts = open_accounts()
+        accounts.ensure_user(OWNER, operator=True)
+        self._await_ready(thread)
+        token = accounts.make_sign_in_token(OWNER)
+        if self._signals:
+            return
+        url = sign_in_url(self._settings.effective_public_url, token)
+        if self._has("flower"):
+            address = f"http://{reachable(self._settings.host)}:{self._settings.flower_port}"
+            _say(f"Flower: {address} ({self._flower_hint()})")
+        _say(f"Sluicegate is ready: {url} - one-time sign-in token of {OWNER}: {token}")
+
+    def _await_ready(self, thread: threading.Thread) -> None:
+        from webapp.errors import ConfigurationError
+
+        url = f"http://{reachable(self._settings.host)}:{self._settings.port}/readyz"
+        deadline = time.monotonic() + _READY_SECONDS
+        status, answer = 0, ""
+        while status != 200:
+            if self._signals or not thread.is_alive():
+                raise _Stopped
+            if time.monotonic() > deadline:
+                self._show_why_not_ready(status, answer)
+                raise ConfigurationError(f"not ready after {_READY_SECONDS} s; see the lines above")
+            time.sleep(_POLL_SECONDS)
+            status, answer = get(url)
+
+    def _show_why_not_ready(self, status: int, answer: str) -> None:
+        assert self._supervisor is not None  # noqa: S101
+        if status:
+            _say(f"/readyz answers {status}: {' '.join(answer.split())[:1000]}", to_stderr=True)
+        for name in ("worker", "reaper") if status else ("web",):
+            if self._has(name):
+                _show_tail(self._supervisor.log_of(name))
+
+    def _watch(self, thread: threading.Thread) -> None:
+        """Return when everything has ended; what overstays the time for stopping is killed."""
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            if time.monotonic() > self._stop_deadline and self._supervisor:
+                self._stop_deadline = float("inf")
+                self._supervisor.kill()
+
+    def _stop(self) -> None:
+        if self._supervisor is not None and self._stop_deadline == float("inf"):
+            self._stop_deadline = time.monotonic() + _STOP_SECONDS
+            self._supervisor.stop()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._supervisor is None:
+            return
+        if self._signals == 1:
+            os.write(sys.stderr.fileno(), b"Stopping\n")  # print may have been what was interrupted
+            self._stop()
+        else:
+            self._supervisor.kill()
+
+    def _has(self, name: str) -> bool:
+        return any(program.name == name for program in self._programs)
+
+    def _flower_hint(self) -> str:
+        from webapp.cli.flower import CREDENTIALS_FILE
+
+        if self._settings.flower_basic_auth:
+            return "sign in as set in SLUICEGATE_FLOWER_BASIC_AUTH"
+        return f"sign in as {self._directory / CREDENTIALS_FILE} says"
+
+
+def _raise_descriptor_limit() -> None:
+    """Each stream takes a descriptor or two, and the usual limit is of the nineteen-nineties."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def reachable(host: str) -> str:
+    """The address, as a URL spells it, at which this machine reaches what is bound to `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"[{host}]" if ":" in host else host
+
+
+def get(url: str, timeout_seconds: float = 2) -> tuple[int, str]:
+    """Status and body; 0 where nothing answers. Straight there, whatever proxy the environment names."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=timeout_seconds) as response:
+            return response.status, response.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return 0, ""
+
+
+def _show_tail(log: Path) -> None:
+    with suppress(OSError):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]:
+            _say(f"{log.name}: {line}", to_stderr=True)
+
+
+def _say(line: str, *, to_stderr: bool = False) -> None:
+    print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)

@@ -1,0 +1,77 @@
+"""`sluicegate users`: who may use the API and the page."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group()
+def users() -> None:
+    """Create, list and disable users, and give them new tokens."""
+
+
+@users.command()
+@click.argument("name")
+@click.option("--operator", is_flag=True, help="The user may see and stop everyone's streams.")
+def create(name: str, operator: bool) -> None:
+    """Create the user NAME and print the API token, which is shown only now."""
+    from webapp.cli.services import open_accounts
+
+    token = open_accounts().create_user(name, operator=operator)
+    click.echo(f"API token of {name}, shown only now: {token}")
+
+
+@users.command()
+@click.argument("name")
+def rotate(name: str) -> None:
+    """Print a new API token of NAME; the old one is no longer valid."""
+    from webapp.cli.services import open_accounts
+
+    token = open_accounts().rotate_token(name)
+    click.echo(f"New API token of {name}, shown only now: {token}")
+
+
+@users.command("sign-in")
+@click.argument("name")
+def sign_in(name: str) -> None:
+    """Print a link with which NAME signs in to the page, once."""
+    from webapp.cli.services import open_accounts
+    from webapp.config import load_settings
+
+    token = open_accounts().make_sign_in_token(name)
+    click.echo(f"Sign in as {name}, once: {sign_in_url(load_settings().effective_public_url, token)}")
+
+
+@users.command()
+@click.argument("name")
+def disable(name: str) -> None:
+    """Take every access from NAME; what the user wrote stays."""
+    from webapp.cli.services import open_accounts
+
+    open_accounts().disable_user(name)
+    click.echo(f"{name} is disabled")
+
+
+@users.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_users(as_json: bool) -> None:
+    """List all users."""
+    from webapp.cli.output import print_json, print_table
+    from webapp.cli.services import open_accounts
+
+    found = open_accounts().list_users()
+    if as_json:
+        print_json([user.as_dict() for user in found])
+        return
+    print_table(
+        ("Name", "Operator", "Created", "Last used", "Disabled"),
+        [
+            (user.name, "yes" if user.operator else "no", user.created_at, user.last_used_at, user.disabled_at)
+            for user in found
+        ],
+    )
+
+
+def sign_in_url(public_url: str, token: str) -> str:
+    """The page's address at which a one-time token signs in."""
+    return f"{public_url}/sign-in?token={token}"

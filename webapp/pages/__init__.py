@@ -1,0 +1,100 @@
+"""The chat page and the way in: small server-rendered shells for the modules under `static/`."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from uuid import UUID
+
+from flask import Blueprint, Response, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+
+from webapp import auth
+from webapp.errors import CSRFFailed, SluicegateError, Unauthenticated
+
+# Not under /static: that path is the application's own.
+pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/assets")
+
+_CONTENT_SECURITY_POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "font-src 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+    )
+)
+_CONVERSATION_PATH: Final = re.compile(r"/c/[0-9a-fA-F-]{36}", re.ASCII)
+
+
+@pages.get("/")
+@pages.get("/c/<uuid:conversation_id>")
+def chat(conversation_id: UUID | None = None) -> ResponseReturnValue:
+    """The chat; the modules read from the address which conversation is meant."""
+    user = auth.current_user()
+    if user is None:
+        return redirect(url_for(".sign_in_form", next=request.path if conversation_id else None), 303)
+    return render_template("pages/chat.html", user=user)
+
+
+@pages.get("/sign-in")
+def sign_in_form() -> ResponseReturnValue:
+    """The form; with `?token=` one button, so that whatever merely fetches the link does not use it up."""
+    token = request.args.get("token", "")
+    if not token and auth.current_user() is not None:
+        return redirect(url_for(".chat"), 303)
+    return _render_sign_in(token=token)
+
+
+@pages.post("/sign-in")
+def sign_in() -> ResponseReturnValue:
+    """Exchange a one-time sign-in token, or an API token, for the session cookie."""
+    try:
+        auth.check_csrf()
+        auth.sign_in_with_token(request.form.get("token", ""))
+    except (CSRFFailed, Unauthenticated) as error:
+        return _render_sign_in(error=error), error.status
+    return redirect(_landing_path(), 303)
+
+
+@pages.post("/sign-out")
+def sign_out() -> ResponseReturnValue:
+    """Forget the session cookie."""
+    try:
+        auth.check_csrf()
+    except CSRFFailed:
+        # The form is older than the session: the page is shown anew, with a form that works.
+        return redirect(url_for(".chat"), 303)
+    auth.sign_out()
+    return redirect(url_for(".sign_in_form"), 303)
+
+
+@pages.after_request
+def set_security_headers(response: Response) -> Response:
+    """No script or style but ours, and no address with a token in it told to anybody."""
+    response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    if request.endpoint != "pages.static":
+        response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _render_sign_in(token: str = "", error: SluicegateError | None = None) -> str:
+    return render_template(
+        "pages/sign_in.html",
+        token=token,
+        error=error,
+        landing_path=_landing_path(),
+        user=auth.current_user(),
+    )
+
+
+def _landing_path() -> str:
+    """Where to go once signed in: a conversation's page if one was asked for, and never another site."""
+    wanted = request.values.get("next", "")
+    return wanted if _CONVERSATION_PATH.fullmatch(wanted) else url_for(".chat")

@@ -1,0 +1,15 @@
+// A person who opened the printed link has already said what they want: press the button for them.
+// Without scripts, and for whatever only fetches links, the button stays unpressed.
+
+const form = document.getElementById("sign-in");
+
+function submitAtOnce() {
+  // "Back" must not lead to a link that is used up.
+  history.replaceState(null, "", location.pathname);
+  form.requestSubmit();
+}
+
+if ("submitAtOnce" in form.dataset) {
+  if (document.prerendering) document.addEventListener("prerenderingchange", submitAtOnce, { once: true });
+  else submitAtOnce();
+}

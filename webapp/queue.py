@@ -1,0 +1,137 @@
+"""The Celery instance, and the queue as the manager sees it. Tasks are named by string: webapp never imports workers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+from uuid import UUID
+
+import redis
+from celery import Celery
+from kombu.entity import Queue
+
+from webapp.config import Settings
+from webapp.errors import Unavailable
+from webapp.streams.keys import WORKERS_KEY
+from webapp.streams.lifecycle import TerminationReason
+
+GENERATE_TASK: Final = "sluicegate.generate"
+REAP_TASK: Final = "sluicegate.reap"
+STOP_COMMAND: Final = "stop_stream"
+GENERATE_QUEUE: Final = "generate"
+MAINTENANCE_QUEUE: Final = "maintenance"
+REAP_INTERVAL_SECONDS: Final = 2.0
+WORKER_FRESH_SECONDS: Final = 5
+WORKER_TTL_SECONDS: Final = 60
+
+
+def make_celery(settings: Settings, **options: Any) -> Celery:
+    """The Celery application; the same for those who enqueue and those who work."""
+    # Without a broker nothing is accepted, so nothing is enqueued: `StreamSessionManager.start` asks Redis first.
+    broker = settings.effective_broker_url if settings.broker_configured else "memory://"
+    app = Celery("sluicegate", broker=broker, **options)
+    app.conf.update(
+        # JSON only: a pickled message would be code from whoever can reach the broker.
+        task_serializer="json",
+        accept_content=["json"],
+        result_backend=None,
+        task_ignore_result=True,
+        task_default_queue=GENERATE_QUEUE,
+        task_queues=[Queue(GENERATE_QUEUE), Queue(MAINTENANCE_QUEUE)],
+        task_routes={REAP_TASK: {"queue": MAINTENANCE_QUEUE}},
+        task_publish_retry=False,
+        worker_concurrency=settings.worker_concurrency,
+        # A message that a busy worker holds back is one that an idle worker could run.
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_pool_limit=50,
+        control_queue_expires=60.0,
+        beat_schedule={
+            "reap": {
+                "task": REAP_TASK,
+                "schedule": REAP_INTERVAL_SECONDS,
+                "options": {"expires": 5 * REAP_INTERVAL_SECONDS},
+            }
+        },
+        beat_schedule_filename=str(settings.data_dir / "beat-schedule"),
+        timezone="UTC",
+    )
+    return app
+
+
+class CeleryQueue:
+    """`TaskQueue` over Celery."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def enqueue(self, session_id: UUID) -> None:
+        """Put a session in the queue; the task's id is the session's."""
+        self._app.send_task(
+            GENERATE_TASK, args=[str(session_id)], task_id=str(session_id), queue=GENERATE_QUEUE, ignore_result=True
+        )
+
+    def revoke(self, session_id: UUID) -> None:
+        """Tell all workers to drop a queued task when they meet it."""
+        self._app.control.revoke(str(session_id))
+
+    def nudge(self, session_id: UUID, owner: str, reason: TerminationReason) -> None:
+        """Send the remote-control command that stops a session at its worker."""
+        arguments = {"session_id": str(session_id), "reason": reason.value}
+        self._app.control.broadcast(STOP_COMMAND, arguments=arguments, destination=[owner])
+
+
+class Workers:
+    """Which workers are alive, as they say themselves, every second, in Redis."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis = client
+
+    def report(self, name: str) -> None:
+        """A worker is alive."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zadd(WORKERS_KEY, {name: time.time()})
+        pipe.zremrangebyscore(WORKERS_KEY, 0, time.time() - WORKER_TTL_SECONDS)
+        pipe.expire(WORKERS_KEY, WORKER_TTL_SECONDS)
+        pipe.execute()
+
+    def alive(self) -> list[str]:
+        """The names of those heard of lately."""
+        names: Any = self._redis.zrangebyscore(WORKERS_KEY, time.time() - WORKER_FRESH_SECONDS, "+inf")
+        return [name.decode() for name in names]
+
+    def require_one(self) -> None:
+        """Raises `Unavailable` where no worker is alive."""
+        if not self.alive():
+            raise Unavailable("No worker is alive: start one with the Procfile's `worker` line")
+
+
+class _NotConfigured(redis.Connection):
+    """What stands for a Redis whose address nobody has told."""
+
+    def connect(self) -> None:
+        raise redis.ConnectionError("REDIS_URL is not set and no embedded Valkey runs")
+
+
+def make_redis(settings: Settings) -> redis.Redis:
+    """A client for logs and leases.
+
+    The socket time-out is above the longest block of a read (a hub's, 2 s), and short enough to notice
+    a Redis that is gone; redis-py tries a broken connection again by itself, which the verbs allow for.
+    """
+    if not settings.redis_url:
+        # Commands that do not need Redis work without one.
+        return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=_NotConfigured))
+    return redis.Redis.from_url(
+        settings.effective_redis_url,
+        protocol=2,
+        socket_timeout=5,
+        socket_connect_timeout=2,
+        health_check_interval=30,
+    )

@@ -1,0 +1,43 @@
+"""REST: each call thin, over the manager."""
+
+from __future__ import annotations
+
+from apiflask import APIFlask
+from flask import request
+
+from webapp import auth
+from webapp.config import Settings
+from webapp.errors import NotJSON, UnsupportedMediaType
+from webapp.rest.conversations import conversations
+from webapp.rest.problems import configure_problems
+from webapp.rest.streams import streams
+from webapp.rest.system import system
+
+
+def configure_rest(app: APIFlask, settings: Settings) -> None:
+    """Register the calls, their errors and the limits of a request."""
+    app.config["MAX_CONTENT_LENGTH"] = settings.request_limit_bytes
+    app.config["OPENAPI_VERSION"] = "3.1.0"
+    app.config["VALIDATION_ERROR_DESCRIPTION"] = "The request is not valid"
+    app.security_schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
+    configure_problems(app)
+    for blueprint in (conversations, streams):
+        blueprint.before_request(_require_user)
+        blueprint.before_request(_require_json)
+        app.register_blueprint(blueprint)
+    app.register_blueprint(system)
+
+
+def _require_user() -> None:
+    """Nothing is said, not even of a malformed body, to somebody unknown."""
+    auth.require_user()
+
+
+def _require_json() -> None:
+    """A body is JSON and says so: that a browser cannot send across sites without asking."""
+    if request.method not in ("POST", "PUT", "PATCH"):
+        return
+    if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+        raise UnsupportedMediaType("Send the body with Content-Type: application/json")
+    if not isinstance(request.get_json(force=True), dict):
+        raise NotJSON("The body must be a JSON object")

@@ -1,0 +1,207 @@
+"""What one reader is sent: the stream from a cursor to `done`, out of the log, the hub and the database.
+
+The cursor is a position in the text, so every source can be asked for what lies beyond it, and a source
+that fails is replaced by another without a gap and without a repetition.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Final
+from uuid import UUID
+
+import structlog
+from redis.exceptions import RedisError
+
+from webapp.config import Settings
+from webapp.errors import InvalidCursor, Unavailable
+from webapp.streams.events import (
+    COMMENT,
+    DONE,
+    MESSAGE,
+    PHASE,
+    SESSION,
+    START,
+    THINKING,
+    LogEntry,
+    Position,
+    done_position,
+    encode_event,
+    encode_json_event,
+    phase_data,
+)
+from webapp.streams.hub import Signal, StreamHub, Subscription
+from webapp.streams.lifecycle import StreamPhase
+from webapp.streams.log import TokenLog
+from webapp.streams.queries import SessionQueries
+from webapp.views import SessionView
+
+log = structlog.get_logger(__name__)
+
+REPLAY_CODE_POINTS: Final = 4096
+"""How much text one event carries when it comes out of the database."""
+RETRY_SECONDS: Final = 0.5
+
+
+class Follower:
+    """One reader of one session. Iterate `events`; `close` from elsewhere ends it."""
+
+    def __init__(
+        self,
+        session: SessionView,
+        cursor: Position,
+        *,
+        queries: SessionQueries,
+        token_log: TokenLog,
+        hub: StreamHub,
+        settings: Settings,
+    ) -> None:
+        self._session = session
+        self._cursor = cursor
+        self._queries = queries
+        self._log = token_log
+        self._hub = hub
+        self._settings = settings
+        self._subscription: Subscription | None = None
+        self._closed = False
+        self._finished = False
+
+    @property
+    def session_id(self) -> UUID:
+        return self._session.session_id
+
+    @property
+    def _over(self) -> bool:
+        """Whether there is nothing more to send: it was all sent, or the reader has gone."""
+        return self._finished or self._closed
+
+    def close(self) -> None:
+        """The reader has gone: end `events` soon, also in the middle of a silence."""
+        self._closed = True
+        if self._subscription is not None:
+            self._subscription.signal(Signal.CLOSED)
+
+    def events(self) -> Iterator[bytes]:
+        """Server-sent events, several in one piece where several are there; ends after `done`, or when closed."""
+        session = self._session
+        yield encode_json_event(
+            SESSION,
+            {
+                "sessionId": str(session.session_id),
+                "conversationId": str(session.conversation_id),
+                "messageId": str(session.message_id),
+                "model": session.model,
+            },
+        )
+        if session.active:
+            if session.phase is StreamPhase.QUEUED and self._cursor == START:
+                yield self._queued()
+            yield from self._live()
+        else:
+            yield from self._from_database()
+
+    def _queued(self) -> bytes:
+        position = self._queries.queue_position(self.session_id)
+        return encode_event(PHASE, phase_data(StreamPhase.QUEUED, max(1, self._session.attempt), position))
+
+    # -- while the session lives ---------------------------------------------------------------
+
+    def _live(self) -> Iterator[bytes]:
+        while not self._over:
+            try:
+                yield from self._from_log()
+                if self._over:
+                    return
+                yield from self._from_hub()
+            except (RedisError, Unavailable) as error:
+                log.warning("reader.waits", session_id=str(self.session_id), error=repr(error))
+                yield from self._without_redis()
+
+    def _from_log(self) -> Iterator[bytes]:
+        """What the log has beyond the cursor, page by page, at the reader's own pace."""
+        read_to = self._cursor
+        while page := self._log.read(self.session_id, read_to):
+            if piece := b"".join(self._advance(entry, None) for entry in page):
+                yield piece
+            if self._over:
+                return
+            read_to = page[-1].position
+
+    def _from_hub(self) -> Iterator[bytes]:
+        """What arrives from now on; returns when the reader is behind, has all, or is gone."""
+        subscription, begins = self._hub.attach(self.session_id, self._cursor)
+        self._subscription = subscription
+        try:
+            if begins > self._cursor:
+                yield from self._from_log()
+            while not self._over:
+                items, signal = subscription.take(self._settings.keepalive_seconds)
+                if piece := b"".join(self._advance(item.entry, item.encoded) for item in items):
+                    yield piece
+                elif not items and signal is None:
+                    yield COMMENT
+                if signal is Signal.ENDED and not self._finished:
+                    yield from self._from_database()
+                if signal is Signal.CLOSED:
+                    self._closed = True
+                if signal is not None:
+                    return
+        finally:
+            self._subscription = None
+            self._hub.detach(self.session_id, subscription)
+
+    def _advance(self, entry: LogEntry, encoded: bytes | None) -> bytes:
+        """The entry's event, or what of it lies beyond the cursor, or nothing; moves the cursor."""
+        if self._finished or entry.position <= self._cursor:
+            return b""
+        offset = self._cursor.offset
+        if entry.start > offset or (entry.kind == DONE and entry.position.offset > offset):
+            # Text is missing here, which only a log that was lost and not rebuilt lacks: the database has it.
+            return b"".join(self._from_database()) if entry.kind == DONE else b""
+        self._cursor = entry.position
+        self._finished = entry.kind == DONE
+        return entry.after(offset).encode() if entry.is_text and entry.start < offset else encoded or entry.encode()
+
+    def _without_redis(self) -> Iterator[bytes]:
+        """A pause; or, where the session has ended meanwhile, what the database has."""
+        yield COMMENT
+        time.sleep(RETRY_SECONDS)
+        try:
+            if self._queries.ended_among([self.session_id]):
+                yield from self._from_database()
+        except Unavailable:
+            return
+
+    # -- after the end -------------------------------------------------------------------------
+
+    def _from_database(self) -> Iterator[bytes]:
+        """The rest of a session that has ended, from the committed text."""
+        _, thinking, content, data = self._queries.final_text(self.session_id)
+        start = min(self._cursor.offset, len(thinking) + len(content))
+        yield from _text_events(THINKING, thinking, start, 0)
+        yield from _text_events(MESSAGE, content, start, len(thinking))
+        position = done_position(len(thinking) + len(content))
+        self._cursor, self._finished = position, True
+        yield encode_event(DONE, data, position)
+
+
+def check_cursor(cursor: Position, session: SessionView) -> bool:
+    """Whether there is anything for a reader at this cursor: not where it has had `done` already.
+
+    Raises:
+        InvalidCursor: it lies beyond the end of a stream that has ended.
+    """
+    total = session.length + session.thinking_length
+    if session.active:
+        return True
+    if cursor.offset > total:
+        raise InvalidCursor(f"Last-Event-ID {str(cursor)!r} lies beyond the stream's end, which is at {total}")
+    return cursor != done_position(total)
+
+
+def _text_events(kind: str, text: str, cursor: int, base: int) -> Iterator[bytes]:
+    """The events of one kind of text that begins at offset `base`, beyond a cursor."""
+    for start in range(max(0, cursor - base), len(text), REPLAY_CODE_POINTS):
+        piece = text[start : start + REPLAY_CODE_POINTS]
+        yield encode_json_event(kind, {"content": piece}, Position(base + start + len(piece), 0))

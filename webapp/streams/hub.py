@@ -1,0 +1,295 @@
+"""StreamHub: the one reader of token logs in a process, and its many followers.
+
+One blocking XREAD over all followed logs; each entry is decoded and encoded once and handed to every
+follower. A follower that falls behind is let go: it reads the log by itself, at its own pace, and comes
+back; what is held for it is bounded. Threads and greenlets serve alike: under gevent the primitives
+used here are patched.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
+from typing import Any, Final, NamedTuple
+from uuid import UUID, uuid4
+
+import redis
+import structlog
+from redis.exceptions import RedisError
+
+from webapp.streams.events import DONE_SEQ, START, LogEntry, Position
+from webapp.streams.keys import log_key, viewers_key, wake_key
+from webapp.streams.log import TokenLog
+
+log = structlog.get_logger(__name__)
+
+BLOCK_MS: Final = 2000
+"""Shorter than redis-py's socket time-out, or an idle read would be taken for a broken one."""
+READ_ENTRIES: Final = 1000
+RETRY_SECONDS: Final = 0.25
+VIEWERS_FRESH_SECONDS: Final = 15
+VIEWERS_TTL_SECONDS: Final = 30
+WAKE_TTL_SECONDS: Final = 60
+
+
+class Delivery(NamedTuple):
+    """An entry, and its server-sent event."""
+
+    entry: LogEntry
+    encoded: bytes
+
+
+class Signal(Enum):
+    """What a subscription gives besides entries."""
+
+    BEHIND = auto()
+    """Entries were dropped because the follower was slow: read the log."""
+    ENDED = auto()
+    """The database says that the session has ended: read the rest there."""
+    CLOSED = auto()
+    """The process stops, or the reader has gone."""
+
+
+class Subscription:
+    """One follower's entries, in order, from the position at which it was attached."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+        self._items: deque[Delivery] = deque()
+        self._signal: Signal | None = None
+        self._ready = threading.Event()
+
+    def put(self, delivery: Delivery) -> None:
+        """Hold an entry; over the limit all that is held is dropped and the follower is BEHIND."""
+        if self._signal is Signal.BEHIND:
+            return
+        self._held_bytes += len(delivery.encoded)
+        if self._held_bytes > self._limit_bytes:
+            self._items.clear()
+            self.signal(Signal.BEHIND)
+        else:
+            self._items.append(delivery)
+            self._ready.set()
+
+    def signal(self, signal: Signal) -> None:
+        """Tell the follower; CLOSED is final."""
+        if self._signal is not Signal.CLOSED:
+            self._signal = signal
+        self._ready.set()
+
+    def take(self, timeout_seconds: float) -> tuple[list[Delivery], Signal | None]:
+        """All that is held, and a signal if one stands; waits for either, at most so long."""
+        if not self._items and self._signal is None:
+            self._ready.wait(timeout_seconds)
+        self._ready.clear()
+        items, self._items, self._held_bytes = list(self._items), deque(), 0
+        return items, self._signal
+
+
+class _Channel:
+    """One log that is followed."""
+
+    def __init__(self, session_id: UUID, last: Position) -> None:
+        self.session_id = session_id
+        self.last = last
+        self.subscriptions: list[Subscription] = []
+        self.heard_at = time.monotonic()
+
+
+class StreamHub:
+    """Follows logs for the readers of one process. Start it once; `close` lets every reader go."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        token_log: TokenLog,
+        *,
+        buffer_bytes: int,
+        check_seconds: float,
+        ended_among: Callable[[Sequence[UUID]], Iterable[UUID]],
+    ) -> None:
+        """`buffer_bytes`: held for one slow reader. `check_seconds`: silence after which the database is asked,
+        through `ended_among`, which of the silent sessions have ended."""
+        self._redis = client
+        self._log = token_log
+        self._buffer_bytes = buffer_bytes
+        self._check_seconds = check_seconds
+        self._ended_among = ended_among
+        self._channels: dict[UUID, _Channel] = {}
+        self._by_key: dict[bytes, _Channel] = {}
+        self._id = uuid4().hex
+        self._wake_last = "0-0"
+        self._lock = threading.Lock()
+        self._started = False
+        self._closed = threading.Event()
+        self.healthy = True
+        """Whether the last read reached Redis."""
+
+    # -- followers -----------------------------------------------------------------------------
+
+    def attach(self, session_id: UUID, last: Position) -> tuple[Subscription, Position]:
+        """Begin to receive a session's entries.
+
+        Returns the subscription, and the position after which it delivers: what lies between `last` and that
+        the caller reads from the log.
+        """
+        self._start()
+        subscription = Subscription(self._buffer_bytes)
+        with self._lock:
+            channel = self._channels.get(session_id)
+            fresh = channel is None
+            if channel is None:
+                channel = self._channels[session_id] = _Channel(session_id, last)
+                self._by_key[log_key(session_id).encode()] = channel
+            channel.subscriptions.append(subscription)
+            begins = channel.last
+        if self._closed.is_set():
+            subscription.signal(Signal.CLOSED)
+        elif fresh:
+            self._wake()
+        return subscription, begins
+
+    def detach(self, session_id: UUID, subscription: Subscription) -> None:
+        """Stop receiving; the log is not read any more once nobody follows it."""
+        with self._lock:
+            channel = self._channels.get(session_id)
+            if channel is None or subscription not in channel.subscriptions:
+                return
+            channel.subscriptions.remove(subscription)
+            if not channel.subscriptions:
+                del self._channels[session_id]
+                del self._by_key[log_key(session_id).encode()]
+
+    def wait_done(self, session_id: UUID, timeout_seconds: float) -> bool:
+        """Block until a session's `done` is in its log; False where it does not come in time."""
+        deadline = time.monotonic() + timeout_seconds
+        subscription, _ = self.attach(session_id, self._log.last_position(session_id) or START)
+        try:
+            last = self._log.last_position(session_id)
+            if last is not None and last.seq == DONE_SEQ:
+                return True
+            while (left := deadline - time.monotonic()) > 0:
+                items, signal = subscription.take(left)
+                if any(item.entry.position.seq == DONE_SEQ for item in items) or signal is not None:
+                    return signal is None or signal is Signal.ENDED
+            return False
+        finally:
+            self.detach(session_id, subscription)
+
+    def close(self) -> None:
+        """Let every reader go, so that the process can stop; they come back to another with their cursors."""
+        self._closed.set()
+        with self._lock:
+            channels = list(self._channels.values())
+        for channel in channels:
+            for subscription in list(channel.subscriptions):
+                subscription.signal(Signal.CLOSED)
+
+    @property
+    def followed(self) -> int:
+        """How many logs are followed."""
+        return len(self._channels)
+
+    def viewers(self, session_ids: Sequence[UUID]) -> list[int]:
+        """How many readers all web processes together report for each session."""
+        pipe = self._redis.pipeline(transaction=False)
+        for session_id in session_ids:
+            pipe.hvals(viewers_key(session_id))
+        oldest = time.time() - VIEWERS_FRESH_SECONDS
+        return [sum(_count(report, oldest) for report in reports) for reports in pipe.execute()]
+
+    # -- the two loops -------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._started:
+                return
+            self._started = True
+        for name, step in (("hub.read", self._read_once), ("hub.check", self._check_once)):
+            threading.Thread(target=self._forever, args=(name, step), name=name, daemon=True).start()
+
+    def _forever(self, name: str, step: Callable[[], None]) -> None:
+        """These loops serve every reader: an error ends a step, never the loop."""
+        while not self._closed.is_set():
+            try:
+                step()
+            except RedisError as error:
+                log.warning("hub.redis_lost", loop=name, error=repr(error))
+                time.sleep(RETRY_SECONDS)
+            except Exception:
+                log.exception("hub.step_failed", loop=name)
+                time.sleep(RETRY_SECONDS)
+
+    def _wake(self) -> None:
+        """End the hub's blocking read, so that it looks at its channels again."""
+        try:
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.xadd(wake_key(self._id), {"w": "1"}, maxlen=1)
+            pipe.expire(wake_key(self._id), WAKE_TTL_SECONDS)
+            pipe.execute()
+        except RedisError:
+            log.warning("hub.wake_failed")  # the read ends by itself after BLOCK_MS
+
+    def _read_once(self) -> None:
+        wake = wake_key(self._id)
+        with self._lock:
+            asked = dict(self._by_key)
+            streams: dict[Any, Any] = {key: str(channel.last) for key, channel in asked.items()}
+        streams[wake] = self._wake_last
+        try:
+            answer: Any = self._redis.xread(streams, count=READ_ENTRIES, block=BLOCK_MS)
+        except RedisError:
+            self.healthy = False
+            raise
+        self.healthy = True
+        for key, entries in answer or ():
+            if key == wake.encode():
+                self._wake_last = entries[-1][0].decode()
+            elif (channel := self._by_key.get(key)) is asked[key] and channel is not None:
+                self._deliver(channel, entries)  # one that was made anew meanwhile begins elsewhere
+
+    def _deliver(self, channel: _Channel, entries: Iterable[Any]) -> None:
+        channel.heard_at = time.monotonic()
+        deliveries = []
+        for entry_id, fields in entries:
+            entry = LogEntry.from_redis(entry_id, fields)
+            deliveries.append(Delivery(entry, entry.encode()))
+        with self._lock:  # a follower that attaches now begins after these
+            channel.last = deliveries[-1].entry.position
+            subscriptions = list(channel.subscriptions)
+        for subscription in subscriptions:
+            for delivery in deliveries:
+                subscription.put(delivery)
+
+    def _check_once(self) -> None:
+        """Ask the database about streams that are silent or cannot be read; report who is watching."""
+        if self._closed.wait(self._check_seconds):
+            return
+        with self._lock:
+            channels = list(self._channels.values())
+        since = time.monotonic() - self._check_seconds
+        silent = [channel.session_id for channel in channels if channel.heard_at < since or not self.healthy]
+        for session_id in self._ended_among(silent) if silent else ():
+            if channel := self._channels.get(session_id):
+                for subscription in list(channel.subscriptions):
+                    subscription.signal(Signal.ENDED)
+        self._report_viewers(channels)
+
+    def _report_viewers(self, channels: Sequence[_Channel]) -> None:
+        if not channels:
+            return
+        pipe = self._redis.pipeline(transaction=False)
+        for channel in channels:
+            key = viewers_key(channel.session_id)
+            pipe.hset(key, self._id, f"{len(channel.subscriptions)}:{time.time():.0f}")
+            pipe.expire(key, VIEWERS_TTL_SECONDS)
+        pipe.execute()
+
+
+def _count(report: bytes, oldest: float) -> int:
+    count, _, reported_at = report.partition(b":")
+    return int(count) if float(reported_at) >= oldest else 0

@@ -1,0 +1,45 @@
+"""Every Redis key of ours: what it is, how long it lives, who writes it.
+
+| key | type | content | TTL | written by |
+| --- | --- | --- | --- | --- |
+| `sg:{SESSION}:state` | hash | `epoch`, `owner`, `end`, `tlen`, `seq`, `phase`, `fence`, `fenced_us`, `done`, `lease_us` | live: the longest life plus slack; ended: minutes | the Lua verbs alone |
+| `sg:{SESSION}:log` | stream | the token log, one entry for each event | as its state | the Lua verbs alone |
+| `sg:{SESSION}:viewers` | hash | hub -> `COUNT:UNIX_SECONDS` of its last report | half a minute | hub |
+| `sg:workers` | sorted set | worker's node name -> Unix seconds when it was last alive | a minute | workers |
+| `sg:hub:HUB:wake` | stream, one entry | wakes a hub's blocking read | a minute | hub |
+
+The braces are a hash tag: all keys of one session live in one slot of a cluster.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+_PREFIX = "sg"
+
+
+def state_key(session_id: UUID) -> str:
+    """Hash with the epoch, the owner, the log's end and the fence of a session."""
+    return _key(session_id, "state")
+
+
+def log_key(session_id: UUID) -> str:
+    """Stream with the events of a session."""
+    return _key(session_id, "log")
+
+
+def viewers_key(session_id: UUID) -> str:
+    """Hash with the number of readers that each web process reports."""
+    return _key(session_id, "viewers")
+
+
+def wake_key(hub_id: str) -> str:
+    """Stream on which a hub is told to look at its followers again."""
+    return f"{_PREFIX}:hub:{hub_id}:wake"
+
+
+def _key(session_id: UUID, part: str) -> str:
+    return f"{_PREFIX}:{{{session_id}}}:{part}"
+
+
+WORKERS_KEY = f"{_PREFIX}:workers"

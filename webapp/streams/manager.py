@@ -1,0 +1,388 @@
+"""StreamSessionManager: the only writer of a session's status.
+
+The row decides who owns a session and how it ended; Redis decides, fast, what text still counts.
+An ending is always: FENCE, then COMMIT, then FINISH (`done`). Whoever comes second learns the
+outcome from the committed row, and from nowhere else. The steps in capitals are those of the
+model in `docs/model/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from webapp.config import Settings
+from webapp.database import Database
+from webapp.errors import ConversationBusy, TooManyStreams, Unavailable
+from webapp.models import (
+    Conversation,
+    Member,
+    Message,
+    MessageRole,
+    Role,
+    StreamSession,
+    new_id,
+    now,
+)
+from webapp.streams import rows
+from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
+from webapp.streams.log import Answer, TokenLog, Verdict
+from webapp.streams.ports import Assignment, NewMessage, Outcome, TaskQueue
+from webapp.streams.queries import SessionQueries, done_data, session_view, terminated_by
+from webapp.views import ReceiptView, SessionView
+
+log = structlog.get_logger(__name__)
+
+
+class StreamSessionManager:
+    """Starts, claims, stops, ends, recovers. Safe to use from many threads or greenlets, nodes and processes."""
+
+    def __init__(
+        self,
+        database: Database,
+        token_log: TokenLog,
+        queue: TaskQueue,
+        settings: Settings,
+        queries: SessionQueries,
+    ) -> None:
+        self._database = database
+        self._log = token_log
+        self._queue = queue
+        self._settings = settings
+        self._queries = queries
+        self.wait_done: Callable[[UUID, float], bool] = token_log.wait_done
+        """Blocks until a session's `done` is in the log; a web process sets its hub's, which costs no connection."""
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def start(self, new: NewMessage) -> SessionView:
+        """Write the question, the empty answer and an ACTIVE session; then queue it.
+
+        Raises:
+            Unavailable: Redis or the database is down, or the queue is full; nothing was written.
+            ConversationBusy: the conversation has an ACTIVE session.
+            TooManyStreams: the user is at the cap.
+        """
+        self._require_redis()
+        try:
+            row = self._database.write(lambda s: self._insert(s, new))
+        except IntegrityError as error:
+            raise self._why_refused(new, error) from error
+        # From here on the message is accepted: what fails now is made good by the reaper.
+        self._try("open", lambda: self._log.open(row.id, 0), row.id)
+        self._enqueue(row.id)
+        return session_view(row)
+
+    def _require_redis(self) -> None:
+        try:
+            self._log.ping()
+        except RedisError as error:
+            raise Unavailable("Redis cannot be reached, so nothing was accepted; try again") from error
+
+    def _insert(self, s: Session, new: NewMessage) -> StreamSession:
+        settings = self._settings
+        cap = settings.max_active_streams_per_user
+        if cap and rows.active_count(s, new.user_id) >= cap:
+            raise TooManyStreams(
+                f"You have {cap} active streams, the most allowed; stop one first", retry_after_seconds=5
+            )
+        if settings.max_queued_streams and rows.queue_length(s) >= settings.max_queued_streams:
+            raise Unavailable("The queue is full; try again", retry_after_seconds=10)
+        conversation_id = new.conversation_id or self._insert_conversation(s, new)
+        question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
+        answer = Message(
+            id=new_id(),
+            conversation_id=conversation_id,
+            role=MessageRole.ASSISTANT,
+            model=new.model,
+            status=StreamStatus.ACTIVE,
+        )
+        row = StreamSession(
+            id=new_id(),
+            conversation_id=conversation_id,
+            message_id=answer.id,
+            user_id=new.user_id,
+            model=new.model,
+            options=new.options,
+            think=new.think,
+            keep_alive=new.keep_alive,
+            on_disconnect=new.on_disconnect,
+            enqueued_at=now(),
+        )
+        answer.session_id = row.id
+        s.add_all([question, answer])
+        s.flush()
+        s.add(row)
+        s.flush()
+        return row
+
+    @staticmethod
+    def _insert_conversation(s: Session, new: NewMessage) -> UUID:
+        title = " ".join(new.content.split())[:60]
+        conversation = Conversation(id=new_id(), title=title)
+        s.add(conversation)
+        s.flush()
+        s.add(Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
+        return conversation.id
+
+    def _why_refused(self, new: NewMessage, error: IntegrityError) -> Exception:
+        """The partial unique index allows one ACTIVE session a conversation; anything else is a defect."""
+        active = self._queries.active_in(new.conversation_id) if new.conversation_id else []
+        if not active and "conversation" not in str(error.orig):
+            return error
+        return ConversationBusy(
+            "This conversation has an active stream; wait for its end, or stop it",
+            sessionId=str(active[0].session_id) if active else None,
+        )
+
+    def _enqueue(self, session_id: UUID) -> None:
+        self._try("enqueue", lambda: self._queue.enqueue(session_id), session_id)
+
+    def _try(self, step: str, action: Callable[[], object], session_id: UUID) -> None:
+        """Do what may fail without harm, because the reaper or a heartbeat makes it good; say so."""
+        try:
+            action()
+        except Exception as error:
+            log.warning("stream.step_failed", step=step, session_id=str(session_id), error=repr(error))
+
+    # -- claim ---------------------------------------------------------------------------------
+
+    def claim(self, session_id: UUID, owner: str) -> Assignment | None:
+        """CLAIM a session for a worker: once for each epoch, whoever else tries.
+
+        Returns None where there is nothing to do: it has ended, is owned, or was to be stopped (then it is ended here).
+        """
+
+        def work(s: Session) -> Assignment | None:
+            row = rows.get(s, session_id)
+            if row is None or row.owner or not rows.claim(s, session_id, row.epoch, owner, now()):
+                return None
+            s.refresh(row)
+            return self._assignment(s, row)
+
+        row = self._database.read(lambda s: rows.get(s, session_id))
+        if row is not None and row.status == StreamStatus.ACTIVE and row.stop_reason and not row.owner:
+            self.settle(session_id, TerminationReason(str(row.stop_reason)))
+            return None
+        return self._database.write(work)
+
+    def _assignment(self, s: Session, row: StreamSession) -> Assignment:
+        return Assignment(
+            session_id=row.id,
+            conversation_id=row.conversation_id,
+            user_id=row.user_id,
+            epoch=row.epoch,
+            attempt=row.attempt,
+            model=row.model,
+            messages=rows.history(s, row, self._settings.history_limit_characters),
+            options=row.options,
+            think=row.think,
+            keep_alive=row.keep_alive,
+            checkpoint=row.checkpoint,
+            checkpoint_thinking_length=row.checkpoint_thinking_length,
+        )
+
+    def beat(self, beats: Sequence[rows.Beat]) -> list[rows.BeatAnswer]:
+        """Heartbeats and checkpoints of a worker's sessions, in one statement; see `rows.beat`."""
+        return self._database.write(lambda s: rows.beat(s, beats, now())) if beats else []
+
+    def give_up(self, session_id: UUID, epoch: int) -> None:
+        """A worker lets go of a session that is to go on elsewhere."""
+        if self._database.write(lambda s: rows.release(s, session_id, epoch)):
+            self.requeue(session_id)
+
+    def requeue(self, session_id: UUID) -> None:
+        """Put a session in the queue once more; a second claim of it finds nothing to do."""
+        self._database.write(lambda s: rows.enqueued(s, session_id, now()))
+        self._enqueue(session_id)
+
+    # -- the ending ----------------------------------------------------------------------------
+
+    def finish(self, session_id: UUID, epoch: int, outcome: Outcome) -> bool:
+        """End a session on behalf of the worker that owns it at `epoch`: COMMIT, then FINISH.
+
+        Returns whether it was this call that ended it. Where the session has moved to another epoch, or
+        has ended, nothing is written. Safe to repeat after an error.
+
+        Raises:
+            Unavailable: the database did not answer; it is not known whether the ending was written.
+        """
+        assert outcome.answer.reason is not None, "a session is ended only behind a fence"
+        ending = _ending(outcome)
+        row = self._queries.row(session_id)
+        if row.epoch != epoch:
+            return False
+        return self._commit(row, ending)
+
+    def settle(self, session_id: UUID, reason: TerminationReason, *, detail: str | None = None) -> None:
+        """End a session that no worker runs, or whose worker does not answer; returns once it has ended.
+
+        The final text is the longer of log and checkpoint: one is a prefix of the other.
+
+        Raises:
+            Unavailable: Redis or the database cannot be reached, so what was seen is not known; the
+                session stays as it is, and the reaper comes back to it.
+        """
+        while (row := self._queries.row(session_id)).status == StreamStatus.ACTIVE:
+            try:
+                ending = self._ending_of_unowned(row, reason, detail)
+            except RedisError as error:
+                raise Unavailable("Redis cannot be reached; the stop is recorded and will take effect") from error
+            if ending is not None:
+                self._commit(row, ending)
+
+    def _ending_of_unowned(
+        self, row: StreamSession, reason: TerminationReason, detail: str | None
+    ) -> rows.Ending | None:
+        answer = self._log.fence(row.id, reason)
+        if answer.verdict is Verdict.ABSENT:
+            self._log.open(row.id, row.epoch)
+            answer = self._log.fence(row.id, reason)
+        if not answer.fenced:
+            return None
+        text, thinking_length = self._log.text(row.id)
+        if row.checkpoint_length > len(text):
+            text, thinking_length = row.checkpoint, row.checkpoint_thinking_length
+        state = self._log.state(row.id)
+        phase = state.phase if state and row.claimed_at else StreamPhase(row.phase)
+        detail = detail if answer.reason is reason else None
+        return _ending(Outcome(answer, text, thinking_length, phase, upstream_closed_at=None, detail=detail))
+
+    def _commit(self, row: StreamSession, ending: rows.Ending) -> bool:
+        """COMMIT, then FINISH. The loser of a race adopts the winner's outcome by reading the row later."""
+        if not self._database.write(lambda s: rows.commit(s, row, ending)):
+            return False
+        self._log_ending(row.id)
+        self._try("publish", lambda: self.publish(row.id), row.id)
+        return True
+
+    def publish(self, session_id: UUID) -> None:
+        """FINISH: put `done` in the log, from the committed row, and note that it is there. Safe to repeat.
+
+        Raises:
+            RedisError, Unavailable: it is tried again by the reaper.
+        """
+        row = self._queries.row(session_id)
+        answer = self._log.finish(
+            row.id, (row.length or 0) + (row.thinking_length or 0), done_data(row), TerminationReason(str(row.reason))
+        )
+        if answer.verdict is Verdict.BEHIND:
+            log.error("stream.log_beyond_commit", session_id=str(session_id), log_end=answer.end, committed=row.length)
+        self._database.write(lambda s: rows.published(s, session_id, now()))
+
+    def _log_ending(self, session_id: UUID) -> None:
+        row = self._queries.row(session_id)
+        event = "stream.terminated" if row.status != StreamStatus.COMPLETED else "stream.completed"
+        log.info(
+            event,
+            session_id=str(row.id),
+            conversation_id=str(row.conversation_id),
+            user_id=str(row.user_id),
+            reason=row.reason,
+            terminated_by=terminated_by(row),
+            phase=row.phase,
+            length=row.length,
+            thinking_length=row.thinking_length,
+            attempt=row.attempt,
+            detail=row.detail,
+            request_to_fence_ms=_milliseconds(row.stop_requested_at, row.fenced_at),
+            fence_to_upstream_closed_ms=_milliseconds(row.fenced_at, row.upstream_closed_at),
+            request_to_commit_ms=_milliseconds(row.stop_requested_at, row.ended_at),
+        )
+
+    # -- terminate -----------------------------------------------------------------------------
+
+    def terminate(self, session_id: UUID, reason: TerminationReason, by: str | None = None) -> ReceiptView:
+        """Stop a session and say how it ended: the same receipt to every caller, however many, however often.
+
+        `by` is the name of who asks. Blocks until the ending is committed, for at most
+        `terminate_wait_seconds` while a worker owns the session and a little longer in all.
+
+        Raises:
+            NotFound: there is no such session.
+            Unavailable: the stop is recorded, but what ends it cannot be reached now.
+        """
+        row = self._record(session_id, reason, by)
+        if row.status == StreamStatus.ACTIVE:
+            self._stop(row)
+        return self._queries.receipt(session_id)
+
+    def _record(self, session_id: UUID, reason: TerminationReason, by: str | None) -> StreamSession:
+        row = self._queries.row(session_id)
+        if row.status != StreamStatus.ACTIVE or row.stop_reason:
+            return row  # no write where there is nothing to record: fifty callers cost one
+        self._database.write(lambda s: rows.record_stop(s, session_id, reason, by, now()))
+        return self._queries.row(session_id)
+
+    def _stop(self, row: StreamSession) -> None:
+        reason = TerminationReason(str(row.stop_reason))
+        deadline = time.monotonic() + self._settings.terminate_wait_seconds
+        fence = self._try_fence(row.id, reason)
+        nudge = fence is None or fence.verdict in (Verdict.OK, Verdict.ABSENT)
+        while row.status == StreamStatus.ACTIVE and row.owner and (left := deadline - time.monotonic()) > 0:
+            if nudge:
+                self._nudge(row.id, row.owner, reason)
+                nudge = False
+            self._wait_ended(row.id, left)
+            row = self._queries.row(row.id)
+        if row.status == StreamStatus.ACTIVE:
+            if not row.owner:
+                self._try("revoke", lambda: self._queue.revoke(row.id), row.id)
+            self._settle_or_wait(row.id, reason, deadline)
+
+    def _nudge(self, session_id: UUID, owner: str, reason: TerminationReason) -> None:
+        self._try("nudge", lambda: self._queue.nudge(session_id, owner, reason), session_id)
+
+    def _settle_or_wait(self, session_id: UUID, reason: TerminationReason, deadline: float) -> None:
+        """Finish what nobody owns. A claim that slips in between makes the claimer finish: it meets the fence."""
+        while (row := self._queries.row(session_id)).status == StreamStatus.ACTIVE:
+            if row.owner and (left := deadline - time.monotonic()) > 0:
+                self._wait_ended(session_id, left)
+            else:
+                self.settle(session_id, reason)
+
+    def _try_fence(self, session_id: UUID, reason: TerminationReason) -> Answer | None:
+        try:
+            return self._log.fence(session_id, reason)
+        except RedisError as error:
+            log.warning("stream.fence_failed", session_id=str(session_id), error=repr(error))
+            return None
+
+    def _wait_ended(self, session_id: UUID, timeout_seconds: float) -> None:
+        """Until `done` is in the log; without Redis, for a moment, after which the caller looks at the row."""
+        try:
+            self.wait_done(session_id, timeout_seconds)
+        except RedisError:
+            time.sleep(min(0.1, timeout_seconds))
+
+
+def _ending(outcome: Outcome) -> rows.Ending:
+    """What to write for an outcome: the text, cut nowhere but at the fence."""
+    answer = outcome.answer
+    thinking_length = min(outcome.thinking_length, len(outcome.text))
+    moment = now()
+    content = outcome.text[thinking_length:]
+    return rows.Ending(
+        reason=TerminationReason(str(answer.reason)),
+        text=outcome.text,
+        thinking_length=thinking_length,
+        sha256=hashlib.sha256(content.encode()).hexdigest(),
+        fenced_at=datetime.fromtimestamp(answer.fenced_us / 1e6, UTC) if answer.fenced_us else moment,
+        ended_at=moment,
+        upstream_closed_at=outcome.upstream_closed_at,
+        phase=outcome.phase,
+        detail=outcome.detail,
+        stats=outcome.stats,
+    )
+
+
+def _milliseconds(start: datetime | None, end: datetime | None) -> float | None:
+    return round((end - start).total_seconds() * 1000, 3) if start and end else None

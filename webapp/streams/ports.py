@@ -1,0 +1,70 @@
+"""What goes in and out of the manager: the queue that it needs, and the records that it takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+from webapp.models import OnDisconnect
+from webapp.streams.lifecycle import StreamPhase, TerminationReason
+from webapp.streams.log import Answer
+
+
+class TaskQueue(Protocol):
+    """What the manager needs of Celery. Each may raise; the manager then goes on without."""
+
+    def enqueue(self, session_id: UUID) -> None:
+        """Ask some worker to run the session."""
+
+    def revoke(self, session_id: UUID) -> None:
+        """A queued task never starts."""
+
+    def nudge(self, session_id: UUID, owner: str, reason: TerminationReason) -> None:
+        """Tell the worker that its session is to stop. Only speed: it may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message to be answered. Without a conversation, one is made."""
+
+    user_id: UUID
+    content: str
+    model: str
+    conversation_id: UUID | None = None
+    options: dict[str, Any] | None = None
+    think: bool | str | None = None
+    keep_alive: str | None = None
+    on_disconnect: OnDisconnect = OnDisconnect.CONTINUE
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker gets with a claim. `checkpoint` is text of earlier attempts, its first part thinking."""
+
+    session_id: UUID
+    conversation_id: UUID
+    user_id: UUID
+    epoch: int
+    attempt: int
+    model: str
+    messages: list[dict[str, str]]
+    options: dict[str, Any] | None
+    think: bool | str | None
+    keep_alive: str | None
+    checkpoint: str
+    checkpoint_thinking_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a worker's run ended: its text (cut at the fence), and what it knows besides."""
+
+    answer: Answer
+    text: str
+    thinking_length: int
+    phase: StreamPhase
+    upstream_closed_at: datetime | None
+    detail: str | None = None
+    stats: dict[str, Any] | None = None

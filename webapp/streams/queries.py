@@ -1,0 +1,194 @@
+"""What is read of sessions: views, receipts, lists. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from uuid import UUID
+
+import orjson
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from webapp.database import Database
+from webapp.errors import NotFound, Unavailable
+from webapp.models import Member, Message, StreamSession, User
+from webapp.streams import rows
+from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
+from webapp.streams.log import LogState, TokenLog
+from webapp.views import ReceiptView, SessionView
+
+log = structlog.get_logger(__name__)
+
+
+class SessionQueries:
+    """Every method raises `Unavailable` where the database is down; without Redis, what the row knows is shown."""
+
+    def __init__(self, database: Database, token_log: TokenLog) -> None:
+        self._database = database
+        self._log = token_log
+        self.count_viewers: Callable[[Sequence[UUID]], list[int]] = lambda ids: [0] * len(ids)
+        """How many readers each session has; set to the hub's."""
+
+    def receipt(self, session_id: UUID) -> ReceiptView:
+        """The receipt of a session that has ended."""
+
+        def work(s: Session) -> ReceiptView:
+            row = rows.get(s, session_id)
+            if row is None or row.status == StreamStatus.ACTIVE:
+                raise Unavailable("The stop is recorded and will take effect")
+            message = s.get_one(Message, row.message_id, populate_existing=True)
+            return _receipt(row, message)
+
+        return self._database.read(work)
+
+    def final_text(self, session_id: UUID) -> tuple[SessionView, str, str, bytes]:
+        """Of a session that has ended: its view, thinking, content, and the data of its `done`."""
+
+        def work(s: Session) -> tuple[StreamSession, str, str]:
+            row = rows.get(s, session_id)
+            if row is None:
+                raise NotFound
+            message = s.get_one(Message, row.message_id, populate_existing=True)
+            return row, message.thinking[: row.thinking_length or 0], message.content[: row.length or 0]
+
+        row, thinking, content = self._database.read(work)
+        return session_view(row), thinking, content, done_data(row)
+
+    def view(self, session_id: UUID) -> SessionView:
+        """One session.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return self._view_all([self.row(session_id)])[0]
+
+    def active_in(self, conversation_id: UUID) -> list[SessionView]:
+        """The ACTIVE sessions of a conversation: none or one."""
+        where = (StreamSession.conversation_id == conversation_id) & (StreamSession.status == StreamStatus.ACTIVE)
+        return self._view_all(self._database.read(lambda s: list(s.scalars(select(StreamSession).where(where)))))
+
+    def list_streams(
+        self,
+        *,
+        active_only: bool = False,
+        user_id: UUID | None = None,
+        user_name: str | None = None,
+        model: str | None = None,
+        limit: int = 100,
+    ) -> list[SessionView]:
+        """Sessions, newest first. `user_id`: those of conversations that this user is a member of; `user_name`: who began them."""
+        query = select(StreamSession).order_by(StreamSession.id.desc()).limit(limit)
+        if active_only:
+            query = query.where(StreamSession.status == StreamStatus.ACTIVE)
+        if user_id is not None:
+            mine = select(Member.conversation_id).where(Member.user_id == user_id)
+            query = query.where(StreamSession.conversation_id.in_(mine))
+        if user_name is not None:
+            query = query.where(
+                StreamSession.user_id == select(User.id).where(User.name == user_name).scalar_subquery()
+            )
+        if model is not None:
+            query = query.where(StreamSession.model == model)
+        return self._view_all(self._database.read(lambda s: list(s.scalars(query))))
+
+    def queue_position(self, session_id: UUID) -> int:
+        """How many sessions wait before this one; 0: it is the next."""
+        return self._database.read(lambda s: rows.queue_length(s, session_id))
+
+    def ended_among(self, session_ids: Sequence[UUID]) -> list[UUID]:
+        """Which of these have ended, in one query."""
+        where = StreamSession.id.in_(session_ids) & (StreamSession.status != StreamStatus.ACTIVE)
+        return self._database.read(lambda s: list(s.scalars(select(StreamSession.id).where(where))))
+
+    def row(self, session_id: UUID) -> StreamSession:
+        """The row.
+
+        Raises:
+            NotFound: there is none.
+        """
+        row = self._database.read(lambda s: rows.get(s, session_id))
+        if row is None:
+            raise NotFound(f"There is no stream {session_id} that you can see")
+        return row
+
+    def _view_all(self, found: Sequence[StreamSession]) -> list[SessionView]:
+        active = [row.id for row in found if row.status == StreamStatus.ACTIVE]
+        states: dict[UUID, LogState | None] = {}
+        viewers: dict[UUID, int] = {}
+        if active:
+            try:
+                states = dict(zip(active, self._log.states(active), strict=True))
+                viewers = dict(zip(active, self.count_viewers(active), strict=True))
+            except RedisError:
+                log.warning("views.without_redis", sessions=len(active))
+        return [session_view(row, states.get(row.id), viewers.get(row.id, 0)) for row in found]
+
+
+def session_view(row: StreamSession, state: LogState | None = None, viewers: int = 0) -> SessionView:
+    """The view of a row; of an ACTIVE one with what Redis says, where it was asked."""
+    length, thinking_length = row.length or 0, row.thinking_length or 0
+    phase = StreamPhase(row.phase)
+    if row.length is None:
+        thinking_length = row.checkpoint_thinking_length
+        length = row.checkpoint_length - thinking_length
+    if state is not None and row.length is None and state.end >= row.checkpoint_length:
+        thinking_length, length = state.thinking_length, state.end - state.thinking_length
+        phase = state.phase if row.claimed_at and state.phase is not StreamPhase.QUEUED else phase
+    return SessionView(
+        session_id=row.id,
+        conversation_id=row.conversation_id,
+        message_id=row.message_id,
+        model=row.model,
+        status=StreamStatus(row.status),
+        phase=phase,
+        reason=TerminationReason(row.reason) if row.reason else None,
+        detail=row.detail,
+        length=length,
+        thinking_length=thinking_length,
+        attempt=row.attempt,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        terminated_by=terminated_by(row),
+        viewers=viewers,
+    )
+
+
+def done_data(row: StreamSession) -> bytes:
+    """The data of `done`, from the committed row."""
+    return orjson.dumps(
+        {
+            "status": row.status,
+            "reason": row.reason,
+            "messageId": str(row.message_id),
+            "length": row.length,
+            "thinkingLength": row.thinking_length,
+            "sha256": row.sha256,
+        }
+    )
+
+
+def _receipt(row: StreamSession, message: Message) -> ReceiptView:
+    reason = TerminationReason(str(row.reason))
+    return ReceiptView(
+        session_id=row.id,
+        conversation_id=row.conversation_id,
+        message_id=row.message_id,
+        status=StreamStatus(row.status),
+        reason=reason,
+        already_ended=not reason.by_terminate_call,
+        partial_response=message.content[: row.length or 0],
+        length=row.length or 0,
+        thinking_length=row.thinking_length or 0,
+        sha256=row.sha256 or "",
+        requested_at=row.stop_requested_at,
+        fenced_at=row.fenced_at,
+        upstream_closed_at=row.upstream_closed_at,
+        committed_at=row.ended_at or row.started_at,
+    )
+
+
+def terminated_by(row: StreamSession) -> str | None:
+    """Who asked for the ending, where that is what ended the session."""
+    return row.stop_by if row.reason is not None and row.reason == row.stop_reason else None

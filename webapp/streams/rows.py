@@ -1,0 +1,274 @@
+"""The statements on `stream_sessions`: each names the state, and where it matters the epoch, from which it moves.
+
+Every function takes the session of a transaction that the caller holds. CLAIM, RECORD and COMMIT
+are the steps of that name in `docs/model/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, cast
+from uuid import UUID
+
+from sqlalchemy import BindParameter, ColumnElement, CursorResult, Update, Uuid, bindparam, func, select, text, update
+from sqlalchemy.orm import Session
+
+from webapp.models import Message, MessageRole, StreamSession, User, UTCDateTime
+from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason, sources_of
+
+ACTIVE = StreamStatus.ACTIVE.value
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What COMMIT writes: the outcome that the fence decided, and the final text. `detail` is for a person."""
+
+    reason: TerminationReason
+    text: str
+    thinking_length: int
+    sha256: str
+    fenced_at: datetime
+    ended_at: datetime
+    upstream_closed_at: datetime | None = None
+    phase: StreamPhase | None = None
+    detail: str | None = None
+    stats: dict[str, Any] | None = None
+
+    @property
+    def thinking(self) -> str:
+        return self.text[: self.thinking_length]
+
+    @property
+    def content(self) -> str:
+        return self.text[self.thinking_length :]
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A heartbeat of one session, with the text since its last checkpoint: the code points from `start` on."""
+
+    session_id: UUID
+    epoch: int
+    start: int
+    delta: str
+    thinking_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeatAnswer:
+    """What the row said: how far it has the text, and a recorded stop request."""
+
+    session_id: UUID
+    checkpoint_length: int
+    stop_reason: TerminationReason | None
+
+
+def get(s: Session, session_id: UUID) -> StreamSession | None:
+    """The row as it is now."""
+    return s.get(StreamSession, session_id, populate_existing=True)
+
+
+def is_active(session_id: UUID, epoch: int | None = None) -> ColumnElement[bool]:
+    """The guard of a move: the session is ACTIVE and, where an epoch is named, still at it."""
+    guard = (StreamSession.id == session_id) & (StreamSession.status == ACTIVE)
+    return guard if epoch is None else guard & (StreamSession.epoch == epoch)
+
+
+def _changes(s: Session, move: Update) -> bool:
+    """Whether the move found its row in the state that it names."""
+    return cast(CursorResult[Any], s.execute(move)).rowcount == 1
+
+
+def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime) -> bool:
+    """CLAIM: from ACTIVE and unowned at `epoch` to owned at the next."""
+    return _changes(
+        s,
+        update(StreamSession)
+        .where(is_active(session_id, epoch), StreamSession.owner.is_(None))
+        .values(
+            epoch=epoch + 1,
+            attempt=StreamSession.attempt + 1,
+            owner=owner,
+            phase=StreamPhase.LOADING.value,
+            claimed_at=at,
+            heartbeat_at=at,
+        ),
+    )
+
+
+def release(s: Session, session_id: UUID, epoch: int) -> bool:
+    """Take the session from its owner, so that another may claim it at the next epoch."""
+    return _changes(s, update(StreamSession).where(is_active(session_id, epoch)).values(owner=None, enqueued_at=None))
+
+
+def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str | None, at: datetime) -> None:
+    """RECORD who wants the session to stop, and why; the first stays."""
+    s.execute(
+        update(StreamSession)
+        .where(is_active(session_id), StreamSession.stop_reason.is_(None))
+        .values(stop_reason=reason.value, stop_by=by, stop_requested_at=at)
+    )
+
+
+def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
+    """COMMIT: from ACTIVE at the epoch of `row` to its end, with the message, in one transaction.
+
+    Returns False, having written nothing, where the session has ended or moved to another epoch.
+    """
+    status = ending.reason.status
+    ended = (
+        update(StreamSession)
+        .where(
+            StreamSession.id == row.id,
+            StreamSession.epoch == row.epoch,
+            StreamSession.status.in_([source.value for source in sources_of(status)]),
+        )
+        .values(
+            status=status.value,
+            reason=ending.reason.value,
+            detail=ending.detail,
+            phase=(ending.phase or StreamPhase(row.phase)).value,
+            length=len(ending.content),
+            thinking_length=ending.thinking_length,
+            sha256=ending.sha256,
+            fenced_at=ending.fenced_at,
+            upstream_closed_at=ending.upstream_closed_at,
+            ended_at=ending.ended_at,
+            checkpoint="",
+        )
+    )
+    if not _changes(s, ended):
+        return False
+    s.execute(
+        update(Message)
+        .where(Message.id == row.message_id)
+        .values(
+            content=ending.content,
+            thinking=ending.thinking,
+            status=status.value,
+            reason=ending.reason.value,
+            stats=ending.stats,
+        )
+    )
+    return True
+
+
+def published(s: Session, session_id: UUID, at: datetime) -> None:
+    """Note that `done` is in the log, or that the log is gone and the database serves."""
+    s.execute(
+        update(StreamSession)
+        .where(StreamSession.id == session_id, StreamSession.status != ACTIVE, StreamSession.published_at.is_(None))
+        .values(published_at=at)
+    )
+
+
+def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
+    """Heartbeats and checkpoints of many sessions in one statement.
+
+    A delta is taken only where the checkpoint ends at its start, so a repeated one adds nothing.
+    Sessions that have ended, or are at another epoch, do not answer.
+    """
+    names = [(f"i{n}", f"e{n}", f"s{n}", f"d{n}", f"t{n}") for n in range(len(beats))]
+    rows = ", ".join("(:{}, :{}, :{}, :{}, :{})".format(*row) for row in names)
+    values: dict[str, Any] = {"at": at}
+    binds: list[BindParameter[Any]] = [bindparam("at", type_=UTCDateTime)]
+    for (i, e, start, delta, thinking), one in zip(names, beats, strict=True):
+        values |= {i: one.session_id, e: one.epoch, start: one.start, delta: one.delta, thinking: one.thinking_length}
+        binds.append(bindparam(i, type_=Uuid()))
+    statement = text(_BEAT.format(rows=rows, cast=_CASTS.get(s.get_bind().dialect.name, ""))).bindparams(*binds)
+    return [
+        BeatAnswer(one.session_id, by_id[1], TerminationReason(by_id[2]) if by_id[2] else None)
+        for one, by_id in _matched(beats, s.execute(statement, values).all())
+    ]
+
+
+_CASTS = {
+    "postgresql": "(CAST(NULL AS uuid), CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS text), CAST(NULL AS int)), "
+}
+# `WITH … (VALUES …)` is understood by both databases. PostgreSQL takes a VALUES column's type from its
+# first row; a row of NULLs that matches nothing tells it.
+_BEAT = """
+WITH beat (id, epoch, start, delta, thinking) AS (VALUES {cast}{rows})
+UPDATE stream_sessions SET
+  heartbeat_at = :at,
+  checkpoint = CASE WHEN checkpoint_length = beat.start THEN checkpoint || beat.delta ELSE checkpoint END,
+  checkpoint_thinking_length =
+    CASE WHEN checkpoint_length = beat.start THEN beat.thinking ELSE checkpoint_thinking_length END,
+  checkpoint_length =
+    CASE WHEN checkpoint_length = beat.start THEN checkpoint_length + length(beat.delta) ELSE checkpoint_length END
+FROM beat
+WHERE stream_sessions.id = beat.id AND stream_sessions.epoch = beat.epoch AND stream_sessions.status = 'ACTIVE'
+RETURNING stream_sessions.id, stream_sessions.checkpoint_length, stream_sessions.stop_reason
+"""
+
+
+def _matched(beats: Sequence[Beat], rows: Sequence[Any]) -> list[tuple[Beat, Any]]:
+    by_id = {UUID(str(row[0])): row for row in rows}
+    return [(one, by_id[one.session_id]) for one in beats if one.session_id in by_id]
+
+
+def lost(s: Session, before: datetime, limit: int) -> list[StreamSession]:
+    """Owned sessions whose heartbeat is older than `before`."""
+    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_not(None) & (StreamSession.heartbeat_at < before)
+    return list(s.scalars(select(StreamSession).where(where).order_by(StreamSession.heartbeat_at).limit(limit)))
+
+
+def unclaimed(s: Session, before: datetime, limit: int) -> list[StreamSession]:
+    """Sessions without an owner, last enqueued before `before`, or never."""
+    waiting = StreamSession.enqueued_at.is_(None) | (StreamSession.enqueued_at < before)
+    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None) & waiting
+    return list(s.scalars(select(StreamSession).where(where).order_by(StreamSession.id).limit(limit)))
+
+
+def unpublished(s: Session, before: datetime, limit: int) -> list[UUID]:
+    """Sessions that ended before `before` and whose `done` is not known to be in the log."""
+    where = (StreamSession.status != ACTIVE) & StreamSession.published_at.is_(None) & (StreamSession.ended_at < before)
+    return list(s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.ended_at).limit(limit)))
+
+
+def enqueued(s: Session, session_id: UUID, at: datetime) -> None:
+    """Note when a queue entry was last made."""
+    s.execute(update(StreamSession).where(is_active(session_id)).values(enqueued_at=at))
+
+
+def active_count(s: Session, user_id: UUID) -> int:
+    """How many sessions of a user are ACTIVE."""
+    where = (StreamSession.user_id == user_id) & (StreamSession.status == ACTIVE)
+    return s.scalar(select(func.count()).select_from(StreamSession).where(where)) or 0
+
+
+def queue_length(s: Session, before_id: UUID | None = None) -> int:
+    """How many sessions no worker has claimed; those before one of them, where it is named."""
+    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None)
+    if before_id is not None:
+        where &= StreamSession.id < before_id
+    return s.scalar(select(func.count()).select_from(StreamSession).where(where)) or 0
+
+
+def history(s: Session, row: StreamSession, limit_characters: int) -> list[dict[str, str]]:
+    """What was said before this answer, oldest first, as the upstream wants it.
+
+    Bounded by code points, newest first; the question itself is always there.
+    """
+    where = (
+        (Message.conversation_id == row.conversation_id)
+        & (Message.id < row.message_id)
+        & Message.replaced_by_id.is_(None)
+        & (Message.content != "")
+    )
+    said: list[dict[str, str]] = []
+    for message in s.scalars(select(Message).where(where).order_by(Message.id.desc()).limit(1000)):
+        limit_characters -= len(message.content)
+        if limit_characters < 0 and said:
+            break
+        said.append({"role": message.role, "content": message.content})
+    while len(said) > 1 and said[-1]["role"] != MessageRole.USER:
+        said.pop()  # a history that was cut begins with a question
+    return said[::-1]
+
+
+def user_name(s: Session, user_id: UUID) -> str | None:
+    """The name that a session's `terminatedBy` shows."""
+    return s.scalar(select(User.name).where(User.id == user_id))

@@ -1,0 +1,1 @@
+"""The worker side: from the queue to the model, and from the model to the token log."""

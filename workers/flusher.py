@@ -1,0 +1,115 @@
+"""The flusher: one group commit for all sessions of a process.
+
+What arrived while the last flush was under way goes with the next, in one pipeline. So the first token
+of a quiet session leaves at once, and a busy process writes large groups, without a timer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+from uuid import UUID
+
+import gevent
+import structlog
+from gevent.event import Event
+from redis.exceptions import RedisError
+
+from webapp.streams.log import Answer, Append, Mark, TokenLog, Verdict
+
+log = structlog.get_logger(__name__)
+
+RETRY_FIRST_SECONDS: Final = 0.05
+RETRY_LAST_SECONDS: Final = 1.0
+
+
+class Source(Protocol):
+    """A session that has something to write."""
+
+    session_id: UUID
+
+    def pending(self) -> Sequence[Append | Mark]:
+        """What is not in the log yet, in order. Asked again until it was answered."""
+
+    def on_answer(self, operation: Append | Mark, answer: Answer) -> None:
+        """What became of one of them."""
+
+    def reopen(self, token_log: TokenLog) -> None:
+        """The state is gone: open it anew, so that all text is sent again."""
+
+
+class Flusher:
+    """Writes what its sources have, as one pipeline, for as long as any has something."""
+
+    def __init__(self, token_log: TokenLog) -> None:
+        self._log = token_log
+        self._dirty: dict[UUID, Source] = {}
+        self._wake = Event()
+        self.healthy = True
+        """Whether the last flush reached Redis."""
+
+    def submit(self, source: Source) -> None:
+        """Have a source's pending operations written soon. Does not block."""
+        self._dirty[source.session_id] = source
+        self._wake.set()
+
+    def run(self) -> None:
+        """Write until killed."""
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            if self._dirty:
+                self._flush_until_written()
+
+    def _flush_until_written(self) -> None:
+        pause_seconds = RETRY_FIRST_SECONDS
+        batch, self._dirty = self._dirty, {}
+        while True:
+            try:
+                self._flush(batch)
+                self.healthy = True
+                return
+            except RedisError as error:
+                if self.healthy:
+                    log.warning("flusher.redis_lost", sessions=len(batch), error=repr(error))
+                self.healthy = False
+            gevent.sleep(pause_seconds)
+            pause_seconds = min(pause_seconds * 2, RETRY_LAST_SECONDS)
+            batch |= self._dirty
+            self._dirty = {}
+
+    def _flush(self, batch: dict[UUID, Source]) -> None:
+        work = [(source, operation) for source in batch.values() for operation in source.pending()]
+        if not work:
+            return
+        answers = self._log.apply([operation for _, operation in work])
+        refused: set[UUID] = set()
+        for (source, operation), answer in zip(work, answers, strict=True):
+            if source.session_id not in refused:  # what follows a refusal was refused because of it
+                self._deliver(source, operation, answer)
+                if not answer.ok:
+                    refused.add(source.session_id)
+        for source in batch.values():
+            if source.pending():
+                self.submit(source)
+
+    def _deliver(self, source: Source, operation: Append | Mark, answer: Answer) -> None:
+        """One session's trouble is its own: an error here must not end the others."""
+        try:
+            source.on_answer(operation, answer)
+            if answer.verdict is Verdict.ABSENT:
+                source.reopen(self._log)
+        except RedisError:
+            raise
+        except Exception:
+            log.exception("flusher.session_failed", session_id=str(source.session_id))
+
+
+def keep_running(name: str, loop: Callable[[], None]) -> None:
+    """Run a loop that serves every session; one that ends is started again, and said so."""
+    while True:
+        try:
+            loop()
+        except Exception:
+            log.exception("loop.restarted", loop=name)
+        gevent.sleep(0.5)

@@ -1,0 +1,354 @@
+"""One generation: from the upstream to the token log, until it ends or is stopped.
+
+Three greenlets take part. The *reader* reads the upstream and does nothing else, so that it may be
+killed at any instant. The *flusher*, shared by all sessions, writes the log. The greenlet that runs
+`Generation.run` waits: for the answer's end, for a stop, for a time-out; then it closes the upstream,
+takes the fence, and has the manager commit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+import gevent
+import structlog
+from gevent.event import Event
+from redis.exceptions import RedisError
+
+from webapp.config import Settings
+from webapp.errors import Unavailable
+from webapp.models import now
+from webapp.streams.lifecycle import StreamPhase, TerminationReason
+from webapp.streams.log import Answer, Append, Mark, TokenLog, Verdict
+from webapp.streams.manager import StreamSessionManager
+from webapp.streams.ports import Assignment, Outcome
+from webapp.streams.rows import Beat
+from workers.flusher import Flusher
+from workers.ollama import ChatEnd, ChatRequest, OllamaService, UpstreamError
+from workers.transcript import Transcript
+
+log = structlog.get_logger(__name__)
+
+RETRY_SECONDS: Final = 0.2
+WITHOUT_REDIS_SECONDS: Final = 5.0
+"""How long an ending waits for Redis before it is committed without the fence: the row then decides alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What a generation works with."""
+
+    manager: StreamSessionManager
+    log: TokenLog
+    ollama: OllamaService
+    flusher: Flusher
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a generation is over, as far as this worker knows. The fence may know better."""
+
+    reason: TerminationReason
+    detail: str | None = None
+    stats: dict[str, Any] | None = None
+    natural: bool = False
+    """Whether the text is complete as it is, so that all of it has to be in the log before the fence."""
+
+
+class Lost(Exception):
+    """The session has a newer epoch, or has ended: nothing may be written for it any more."""
+
+
+class Generation:
+    """One session, for as long as this worker runs it. Entered in the worker's table before it is claimed."""
+
+    def __init__(self, session_id: UUID, owner: str, ports: Ports) -> None:
+        self.session_id = session_id
+        self.owner = owner
+        self.epoch = 0
+        self.transcript = Transcript()
+        self.checkpointed = 0
+        self._ports = ports
+        self._attempt = 0
+        self._marks: list[Mark] = []
+        self._phase = StreamPhase.QUEUED
+        self._wake = Event()
+        self._flushed = Event()
+        self._stop: Stop | None = None
+        self._lost = False
+        self._refusal: Answer | None = None
+        self._reader: gevent.Greenlet | None = None
+        self._upstream_opened = False
+        self._upstream_closed_at: datetime | None = None
+        self._last_token_at: float | None = None
+
+    # -- what others call ----------------------------------------------------------------------
+
+    def stop(self, reason: TerminationReason, detail: str | None = None) -> None:
+        """End the generation soon: closes the upstream in whatever it is doing. Does not block."""
+        self._end(Stop(reason, detail))
+        if self._reader is not None:
+            self._reader.kill(block=False)
+
+    def lose(self) -> None:
+        """The session is another's now: stop, and write nothing."""
+        self._lost = True
+        self.stop(TerminationReason.WORKER_LOST)
+
+    def on_lease_refused(self, answer: Answer) -> None:
+        """The lease's renewal found the session fenced, taken over, or its state gone."""
+        if answer.verdict is Verdict.STALE:
+            self.lose()
+        elif answer.fenced and answer.reason is not None:
+            self.stop(answer.reason)
+        elif answer.verdict is Verdict.ABSENT:
+            self._reopen_later()
+
+    def beat(self, *, with_text: bool, everything: bool) -> Beat:
+        """This session's heartbeat. While Redis answers, only acknowledged text is checkpointed."""
+        transcript = self.transcript
+        end = (transcript.length if everything else transcript.acknowledged) if with_text else self.checkpointed
+        delta = transcript.between(self.checkpointed, end) if end > self.checkpointed else ""
+        thinking_length = min(transcript.thinking_length, self.checkpointed + len(delta))
+        return Beat(self.session_id, self.epoch, self.checkpointed, delta, thinking_length)
+
+    # -- the flusher's source ------------------------------------------------------------------
+
+    def pending(self) -> Sequence[Append | Mark]:
+        if self._lost or self._refusal is not None:
+            return ()
+        return [*self._marks, *self.transcript.unacknowledged(self.session_id, self.epoch)]
+
+    def on_answer(self, operation: Append | Mark, answer: Answer) -> None:
+        if answer.ok:
+            if isinstance(operation, Append):
+                self.transcript.acknowledge(operation.end)
+            else:
+                self._marks.remove(operation)
+        elif answer.verdict is Verdict.BEHIND and answer.end <= self.transcript.length:
+            self.transcript.rewind(answer.end)  # an answer of Redis was lost; the log knows what it has
+        elif answer.verdict is Verdict.ABSENT:
+            return  # reopen() follows
+        elif answer.fenced and answer.reason is not None:
+            self._refusal = answer
+            self.stop(answer.reason)
+        else:
+            self.lose()
+        self._flushed.set()
+
+    def reopen(self, token_log: TokenLog) -> None:
+        """Redis lost the state: make it again and send all text once more."""
+        answer = token_log.open(self.session_id, self.epoch, self.owner)
+        log.warning("stream.log_rebuilt", session_id=str(self.session_id), length=self.transcript.length)
+        if answer.verdict is Verdict.STALE:
+            self.lose()
+        else:
+            self.transcript.rewind(min(answer.end, self.transcript.length))
+
+    def _reopen_later(self) -> None:
+        """Have the flusher meet the ABSENT state, also where there is no text to write just now."""
+        self._marks.append(Mark(self.session_id, self.epoch, self._phase, self._attempt))
+        self._ports.flusher.submit(self)
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Claim the session and see it to its end. Returns early where there is nothing to do."""
+        assignment = self._ports.manager.claim(self.session_id, self.owner)
+        if assignment is None:
+            return
+        self.epoch, self._attempt = assignment.epoch, assignment.attempt
+        try:
+            opened = self._open(assignment)
+            if not opened.fenced:
+                self._generate(assignment)
+            self._finish()
+        except Lost:
+            log.info("stream.lost_to_another", session_id=str(self.session_id), epoch=self.epoch)
+
+    def _open(self, assignment: Assignment) -> Answer:
+        """OPEN the log at the new epoch, and take over the text that earlier attempts left."""
+        answer: Answer = self._patiently("open", lambda: self._ports.log.open(self.session_id, self.epoch, self.owner))
+        if answer.verdict is Verdict.STALE:
+            raise Lost
+        self._phase = StreamPhase.LOADING
+        if self.epoch > 1:
+            text, thinking_length = self._patiently("read", lambda: self._ports.log.text(self.session_id))
+            if len(assignment.checkpoint) > len(text):
+                text, thinking_length = assignment.checkpoint, assignment.checkpoint_thinking_length
+            self.transcript.preload(text, thinking_length, min(answer.end, len(text)))
+        self.checkpointed = len(assignment.checkpoint)
+        if answer.fenced:
+            self._refusal = answer
+        return answer
+
+    def _patiently(self, step: str, action: Callable[[], Any]) -> Any:
+        """Until Redis answers: nothing can be written, and nothing be known, before."""
+        while True:
+            try:
+                return action()
+            except RedisError as error:
+                if self._stop is not None:
+                    raise
+                log.warning("stream.waits_for_redis", step=step, session_id=str(self.session_id), error=repr(error))
+                gevent.sleep(RETRY_SECONDS)
+
+    def _generate(self, assignment: Assignment) -> None:
+        if self._stop is None:
+            self._mark(StreamPhase.LOADING)
+            self._reader = gevent.spawn(self._read, self._request(assignment))
+            self._watch()
+        self._close_upstream()
+
+    def _request(self, assignment: Assignment) -> ChatRequest:
+        """The question; where earlier attempts left a partial answer, the model is to go on with it."""
+        messages, think = list(assignment.messages), assignment.think
+        content = self.transcript.text[self.transcript.thinking_length :]
+        if content:
+            messages.append({"role": "assistant", "content": content})
+            think = False if think is not None else None
+        return ChatRequest(assignment.model, messages, assignment.options, think, assignment.keep_alive)
+
+    def _read(self, request: ChatRequest) -> None:
+        """The reader. Ends by itself, by an error, or by being killed; each time the upstream is closed by then."""
+        try:
+            end: ChatEnd = self._ports.ollama.chat(request, self._on_text, self._on_open)
+            self._end(Stop(end.reason, stats=end.stats, natural=True))
+        except UpstreamError as error:
+            self._end(Stop(TerminationReason.UPSTREAM_ERROR, error.detail, natural=True))
+        except Exception as error:
+            log.exception("stream.reader_failed", session_id=str(self.session_id))
+            self._end(Stop(TerminationReason.INTERNAL, f"The reader failed: {type(error).__name__}", natural=True))
+        finally:
+            if self._upstream_opened:
+                self._upstream_closed_at = now()
+
+    def _on_open(self) -> None:
+        self._upstream_opened = True
+
+    def _on_text(self, thinking: str, content: str) -> None:
+        if self._stop is None and self.transcript.add(thinking, content):
+            if self._phase is not StreamPhase.GENERATING:
+                self._mark(StreamPhase.GENERATING)
+            self._last_token_at = time.monotonic()
+            self._ports.flusher.submit(self)
+
+    def _mark(self, phase: StreamPhase) -> None:
+        self._phase = phase
+        self._marks.append(Mark(self.session_id, self.epoch, phase, self._attempt))
+        self._ports.flusher.submit(self)
+
+    def _watch(self) -> None:
+        """Wait for the end, or for the first time-out that is due."""
+        started_at = time.monotonic()
+        while self._stop is None:
+            reason, due_at = self._next_timeout(started_at)
+            if (left := due_at - time.monotonic()) <= 0:
+                self._end(Stop(reason, natural=True))
+            else:
+                self._wake.wait(left)
+
+    def _next_timeout(self, started_at: float) -> tuple[TerminationReason, float]:
+        settings = self._ports.settings
+        whole = (TerminationReason.MAX_DURATION, started_at + settings.max_duration_seconds)
+        if self._last_token_at is None:
+            silence = (TerminationReason.FIRST_TOKEN_TIMEOUT, started_at + settings.first_token_timeout_seconds)
+        else:
+            silence = (TerminationReason.IDLE_TIMEOUT, self._last_token_at + settings.idle_timeout_seconds)
+        return min(whole, silence, key=lambda one: one[1])
+
+    def _end(self, stop: Stop) -> None:
+        """The first is kept: what comes later came too late."""
+        if self._stop is None:
+            self._stop = stop
+        self._wake.set()
+        self._flushed.set()
+
+    def _close_upstream(self) -> None:
+        if self._reader is not None:
+            self._reader.kill()
+            if self._upstream_opened and self._upstream_closed_at is None:
+                self._upstream_closed_at = now()
+
+    # -- the ending ----------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """FENCE, then COMMIT what the fence says; repeated until it is known to have happened."""
+        stop = self._stop or Stop(TerminationReason.INTERNAL)
+        answer = self._refusal or self._fence(stop)
+        reason = answer.reason
+        outcome = Outcome(
+            answer=answer,
+            text=self.transcript.between(0, answer.end),
+            thinking_length=min(self.transcript.thinking_length, answer.end),
+            phase=self._phase,
+            upstream_closed_at=self._upstream_closed_at,
+            detail=stop.detail if reason is stop.reason else None,
+            stats=stop.stats if reason is stop.reason else None,
+        )
+        self._commit(outcome)
+
+    def _commit(self, outcome: Outcome) -> None:
+        while True:
+            try:
+                self._ports.manager.finish(self.session_id, self.epoch, outcome)
+                return
+            except Unavailable as error:
+                log.warning("stream.commit_retried", session_id=str(self.session_id), error=error.detail)
+                gevent.sleep(RETRY_SECONDS)
+
+    def _fence(self, stop: Stop) -> Answer:
+        """Take the fence at this worker's epoch. A natural end first has all its text in the log.
+
+        Raises:
+            Lost: the session has a newer epoch.
+        """
+        deadline = time.monotonic() + WITHOUT_REDIS_SECONDS
+        while time.monotonic() < deadline:
+            if self._lost:
+                raise Lost
+            if self._refusal is not None:
+                return self._refusal
+            if stop.natural and not self._flush_all(deadline):
+                break
+            try:
+                answer = self._try_fence(stop, deadline)
+            except RedisError:
+                gevent.sleep(RETRY_SECONDS)
+                continue
+            if answer is not None:
+                return answer
+        return self._unfenced(stop)
+
+    def _try_fence(self, stop: Stop, deadline: float) -> Answer | None:
+        expected_end = self.transcript.length if stop.natural else None
+        answer = self._ports.log.fence(self.session_id, stop.reason, epoch=self.epoch, expected_end=expected_end)
+        if answer.fenced:
+            return answer
+        if answer.verdict is Verdict.STALE:
+            raise Lost
+        if answer.verdict is Verdict.ABSENT:
+            self._reopen_later()
+            self._flush_all(deadline)
+        return None
+
+    def _flush_all(self, deadline: float) -> bool:
+        """Wait until the log has everything, or refuses; False where it does not come to that in time."""
+        while self.pending():
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            self._flushed.clear()
+            self._ports.flusher.submit(self)
+            self._flushed.wait(left)
+        return True
+
+    def _unfenced(self, stop: Stop) -> Answer:
+        """Redis cannot be reached, so it decides nothing: the worker holds all text, and the row decides."""
+        log.warning("stream.ended_without_redis", session_id=str(self.session_id), reason=stop.reason.value)
+        return Answer(Verdict.FENCED, self.transcript.length, self.transcript.thinking_length, stop.reason, 0)

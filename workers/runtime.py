@@ -1,0 +1,93 @@
+"""What one worker process has: its table of generations, and the greenlets that serve all of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from uuid import UUID
+
+import gevent
+import structlog
+from redis.exceptions import RedisError
+
+from webapp.app import Services, make_services
+from webapp.config import load_settings
+from webapp.streams.lifecycle import TerminationReason
+from workers.flusher import Flusher, keep_running
+from workers.generate import Generation, Ports
+from workers.keeper import Keeper
+from workers.ollama import OllamaService
+
+log = structlog.get_logger(__name__)
+
+
+class Runtime:
+    """Runs generations; made once a process, in the process that runs them."""
+
+    def __init__(self, services: Services) -> None:
+        settings = services.settings
+        self.table: dict[UUID, Generation] = {}
+        flusher = Flusher(services.log)
+        keeper = Keeper(self.table, services.manager, services.log, flusher, settings)
+        ollama = OllamaService(
+            settings.ollama_base_url,
+            connect_timeout_seconds=settings.upstream_connect_timeout_seconds,
+            line_limit_bytes=settings.upstream_line_limit_bytes,
+        )
+        self._ports = Ports(services.manager, services.log, ollama, flusher, settings)
+        self._workers = services.workers
+        for name, loop in (("flusher", flusher.run), ("leases", keeper.renew_leases), ("heartbeats", keeper.beat)):
+            gevent.spawn(keep_running, name, loop)
+
+    def report_alive(self, name: str) -> None:
+        """Say every second that this worker is there; `/readyz` and `doctor` look. Runs until killed."""
+
+        def report() -> None:
+            while True:
+                try:
+                    self._workers.report(name)
+                except RedisError:
+                    log.debug("worker.report_failed")  # the keeper says that Redis is lost
+                gevent.sleep(1)
+
+        gevent.spawn(keep_running, "alive", report)
+
+    def run(self, session_id: UUID, owner: str) -> None:
+        """Run one session to its end, or return at once where it runs here already."""
+        if session_id in self.table:
+            return
+        # Entered before it is claimed: a stop that comes from now on finds it.
+        generation = self.table[session_id] = Generation(session_id, owner, self._ports)
+        try:
+            self._run_uninterrupted(generation)
+        finally:
+            del self.table[session_id]
+
+    def _run_uninterrupted(self, generation: Generation) -> None:
+        """Celery's own termination kills the task's greenlet wherever it is; the run is in another, which it
+        cannot strike, and is told to end as `revoked`."""
+        run = gevent.spawn(generation.run)
+        try:
+            run.join()
+        except gevent.GreenletExit:
+            generation.stop(TerminationReason.REVOKED)
+            run.join()
+        run.get(block=False)  # raises what the run raised
+
+    def stop(self, session_id: UUID, reason: TerminationReason) -> bool:
+        """Stop a session that runs here; returns whether one does. Does not block."""
+        generation = self.table.get(session_id)
+        if generation is not None:
+            generation.stop(reason)
+        return generation is not None
+
+
+@cache
+def runtime() -> Runtime:
+    """This process's runtime."""
+    return Runtime(services())
+
+
+@cache
+def services() -> Services:
+    """This process's services."""
+    return make_services(load_settings())
