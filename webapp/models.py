@@ -154,7 +154,7 @@ class Member(db.Model):  # type: ignore[name-defined]
 
 
 class Message(db.Model):  # type: ignore[name-defined]
-    """What was said. `status` and `reason` of an answer are its latest session's, written with that session's ending."""
+    """What was said. `status` and `reason` of an answer are its latest session's, written with its ending."""
 
     __tablename__ = "messages"
 

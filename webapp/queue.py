@@ -1,4 +1,7 @@
-"""The Celery instance, and the queue as the manager sees it. Tasks are named by string: webapp never imports workers."""
+"""The Celery instance, and the queue as the manager sees it.
+
+Tasks are named by string: webapp never imports workers.
+"""
 
 from __future__ import annotations
 

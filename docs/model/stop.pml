@@ -431,9 +431,9 @@ inline PUBLISH(length_) {
 }
 
 /* FENCE has answered `why` and `at`, `text` has that much, and `epoch` was read from the row. */
-inline COMMIT_AND_PUBLISH() {
+inline COMMIT_AND_PUBLISH(my_own) {
 #ifdef COMMIT_OWN_REASON
-    why = my_reason;
+    why = my_own;
 #endif
 #ifdef PUBLISH_BEFORE_COMMIT
     PUBLISH(at);
@@ -466,7 +466,6 @@ proctype Worker(byte me) {
     byte length;                        /* of that text */
     byte acked;                         /* how much of it the log is known to have */
     bool won;
-#define my_reason STOP
 
     if
     :: READ()
@@ -481,11 +480,17 @@ proctype Worker(byte me) {
     :: !won -> goto leave
     :: else
     fi;
+#ifdef READ_LOG_BEFORE_OPEN
+    READ_LOG();
     OPEN();
+#else
+    OPEN();
+    READ_LOG();
+#endif
     if
     :: answer == STALE -> goto leave
-    :: answer == FENCED -> READ_LOG(); goto commit
-    :: answer == OK -> READ_LOG(); acked = length
+    :: answer == FENCED -> goto commit
+    :: answer == OK -> acked = length
     fi;
 
     do
@@ -557,7 +562,7 @@ cut:
     at = length;
 #endif
 commit:
-    COMMIT_AND_PUBLISH();
+    COMMIT_AND_PUBLISH(STOP);
     if
     :: won
     :: else -> READ()                   /* not ended? then another has claimed it, and sees the fence */
@@ -565,7 +570,6 @@ commit:
 leave: skip;
     d_step { status = 0; stop = 0; answer = 0; why = 0; epoch = 0; owner = 0; checkpoint = 0; at = 0;
         CLEAR(text); length = 0; acked = 0; won = 0 }
-#undef my_reason
 }
 
 /* A caller of terminate: a user, an admin, a timeout. */
@@ -611,7 +615,7 @@ again:
     READ();
 #else
     READ_LOG();
-    COMMIT_AND_PUBLISH();
+    COMMIT_AND_PUBLISH(my_reason);
     if
     :: !won -> goto again               /* a claim, a release or another's commit came in between */
     :: else

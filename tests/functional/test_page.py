@@ -80,6 +80,11 @@ class ChatPage:
         expect(self.send).to_be_visible()
         expect(self.stop).to_be_hidden()
 
+    def expect_complete(self) -> None:
+        expect(self.answer).to_have_attribute("data-state", "completed")
+        expect(self.note).to_be_hidden()
+        expect(self.send).to_be_visible()
+
     @property
     def conversation_id(self) -> str:
         return urlsplit(self.page.url).path.removeprefix("/c/")
@@ -246,8 +251,7 @@ def test_an_answer_is_shown_as_it_is_saved(chat: ChatPage, client: Client) -> No
     model = "alphabet=mixed,thinking=12,tokens=80,pace=100,nul_at=30"
     session = client.post_message("Everything", model=model)
     chat.open(session["conversationId"])
-    expect(chat.send).to_be_visible()
-    expect(chat.note).to_be_hidden()
+    chat.expect_complete()
     expect(chat.answer).to_contain_text(model)
 
     message = last_message(client, chat)
@@ -361,8 +365,8 @@ def echo(stack: Stack, tmp_path: Path) -> Iterator[None]:
 def test_hostile_output_is_shown_as_text(chat: ChatPage, client: Client) -> None:
     session = client.post_message(HOSTILE, model="demo")
     chat.open(session["conversationId"])
+    chat.expect_complete()
     expect(chat.content).to_contain_text(HOSTILE)
-    expect(chat.send).to_be_visible()
     assert text_of(chat.content) == last_message(client, chat)["content"]
     assert text_of(chat.page.locator('[data-role="user"] .content')) == HOSTILE
     assert chat.page.locator("#messages script, #messages img, #messages b, nav b").count() == 0

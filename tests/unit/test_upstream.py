@@ -180,7 +180,7 @@ def test_what_no_database_takes_is_sent_as_asked(own: Upstream) -> None:
 
 
 @pytest.mark.parametrize(
-    "model, status", [("unknown", 404), ("http_status=500", 500), ("http_status=503", 503), ("no_such_word=1", 400)]
+    ("model", "status"), [("unknown", 404), ("http_status=500", 500), ("http_status=503", 503), ("no_such_word=1", 400)]
 )
 def test_refusals(own: Upstream, model: str, status: int) -> None:
     answer = chat(own, model)

@@ -71,8 +71,7 @@ class Follower:
     def session_id(self) -> UUID:
         return self._session.session_id
 
-    @property
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         """Whether there is nothing more to send: it was all sent, or the reader has gone."""
         return self._finished or self._closed
 
@@ -108,10 +107,10 @@ class Follower:
     # -- while the session lives ---------------------------------------------------------------
 
     def _live(self) -> Iterator[bytes]:
-        while not self._over:
+        while not self._is_over():
             try:
                 yield from self._from_log()
-                if self._over:
+                if self._is_over():
                     return
                 yield from self._from_hub()
             except (RedisError, Unavailable) as error:
@@ -124,7 +123,7 @@ class Follower:
         while page := self._log.read(self.session_id, read_to):
             if piece := b"".join(self._advance(entry, None) for entry in page):
                 yield piece
-            if self._over:
+            if self._is_over():
                 return
             read_to = page[-1].position
 
@@ -135,7 +134,7 @@ class Follower:
         try:
             if begins > self._cursor:
                 yield from self._from_log()
-            while not self._over:
+            while not self._is_over():
                 items, signal = subscription.take(self._settings.keepalive_seconds)
                 if piece := b"".join(self._advance(item.entry, item.encoded) for item in items):
                     yield piece

@@ -1,12 +1,16 @@
 """Every Redis key of ours: what it is, how long it lives, who writes it.
 
-| key | type | content | TTL | written by |
-| --- | --- | --- | --- | --- |
-| `sg:{SESSION}:state` | hash | `epoch`, `owner`, `end`, `tlen`, `seq`, `phase`, `fence`, `fenced_us`, `done`, `lease_us` | live: the longest life plus slack; ended: minutes | the Lua verbs alone |
-| `sg:{SESSION}:log` | stream | the token log, one entry for each event | as its state | the Lua verbs alone |
-| `sg:{SESSION}:viewers` | hash | hub -> `COUNT:UNIX_SECONDS` of its last report | half a minute | hub |
-| `sg:workers` | sorted set | worker's node name -> Unix seconds when it was last alive | a minute | workers |
-| `sg:hub:HUB:wake` | stream, one entry | wakes a hub's blocking read | a minute | hub |
+| key | type | TTL | written by |
+| --- | --- | --- | --- |
+| `sg:{SESSION}:state` | hash, see below | live: the longest life plus slack; ended: minutes | the Lua verbs alone |
+| `sg:{SESSION}:log` | stream: the token log, an entry an event | as its state | the Lua verbs alone |
+| `sg:{SESSION}:viewers` | hash: hub -> `COUNT:UNIX_SECONDS` of its last report | half a minute | hub |
+| `sg:workers` | sorted set: worker's node name by Unix seconds when it was last alive | a minute | workers |
+| `sg:hub:HUB:wake` | stream of one entry: wakes a hub's blocking read | a minute | hub |
+
+A state holds `epoch`, `owner`, `end` and `tlen` (code points of text, and of thinking), `seq` (of the last event
+at `end`), `phase` and `marked` (the epoch that it was marked at), `fence` (the reason) and `fenced_us`, `lease_us`
+(microseconds of Redis's clock), and `done`.
 
 The braces are a hash tag: all keys of one session live in one slot of a cluster.
 """

@@ -42,7 +42,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a verb answered. `end` and `thinking_length` are in code points; `reason` and `fenced_us` stand where a fence does."""
+    """What a verb answered. `end` and `thinking_length` are in code points; `reason` and `fenced_us` are the fence's."""
 
     verdict: Verdict
     end: int = 0
@@ -181,7 +181,7 @@ class TokenLog:
         return self._call("fence", _keys(session_id)[:1], args)
 
     def finish(self, session_id: UUID, length: int, data: bytes, reason: TerminationReason) -> Answer:
-        """FINISH: put `done` after the text and let the log expire. BEHIND: the log is longer than the committed text."""
+        """FINISH: put `done` after the text and let the log expire. BEHIND: the log is longer than that text."""
         args = (length, DONE_SEQ, data, reason.value, self._retention_seconds)
         return self._call("finish", _keys(session_id), args)
 

@@ -78,7 +78,7 @@ class SessionQueries:
         model: str | None = None,
         limit: int = 100,
     ) -> list[SessionView]:
-        """Sessions, newest first. `user_id`: those of conversations that this user is a member of; `user_name`: who began them."""
+        """Sessions, newest first: of the conversations that `user_id` is a member of; begun by `user_name`."""
         query = select(StreamSession).order_by(StreamSession.id.desc()).limit(limit)
         if active_only:
             query = query.where(StreamSession.status == StreamStatus.ACTIVE)
