@@ -1,4 +1,4 @@
-"""Two hundred streams, stopped at random moments: what was seen is what was saved, and nothing comes after the fence."""
+"""Two hundred streams, stopped at random moments: what was seen is what was saved, and nothing comes after it."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ class _Timer:
 
 
 @pytest.mark.timeout(300)
-def test_two_hundred_streams_stopped_at_random_moments(
-    stack: Stack, client: Client, upstream: UpstreamProcess
-) -> None:
+def test_two_hundred_streams_stopped_at_random_moments(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
     chance = random.Random(SEED)
     plans = [draw(number, chance) for number in range(STREAMS)]
     with ThreadPoolExecutor(AT_ONCE) as pool:

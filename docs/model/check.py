@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""Check the model of the stop protocol with Spin, and that the model misses no guard.
+
+First every scenario of the intact protocol is searched to the end, once for broken claims and once
+for runs without an end; each statement of the model must be reached in one of them. Then every guard
+is taken out in turn: the search must find the claim named here. Exits 0 only if all is as expected.
+
+Needs spin and a C compiler. Builds in a temporary directory and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE / "stop.pml"
+README = HERE / "README.md"
+
+SEARCH_SECONDS = 120
+MEMORY_MEGABYTES = 4000
+MAX_DEPTH_STEPS = 10_000
+HASH_BITS = 22
+
+# Switches that choose a scenario; every other name tested by an #if of the model is a guard.
+SIZES = {"TOKENS", "DELIVERIES", "TERMINATORS", "UNANSWERED"}
+SWITCHES = {"TAKEOVER", "CHECKPOINTS", "SILENCE", "WEB_IS_QUICK", "VISIBLE_ONLY"}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    defines: str
+    what: str
+
+
+SCENARIOS = (
+    Scenario("race", "TOKENS=1 TERMINATORS=2 UNANSWERED=0", "natural end against two terminators"),
+    Scenario("retry", "TOKENS=3 TERMINATORS=1 UNANSWERED=1 WEB_IS_QUICK CHECKPOINTS", "an answer lost, a grown batch sent again"),
+    Scenario("losses", "TOKENS=4 TERMINATORS=0 UNANSWERED=3", "several answers lost, nobody stops it"),
+    Scenario("twice", "TOKENS=1 TERMINATORS=1 UNANSWERED=0 DELIVERIES=2", "the message delivered twice"),
+    Scenario("takeover", "TOKENS=1 TERMINATORS=1 UNANSWERED=0 TAKEOVER WEB_IS_QUICK", "a new owner beside the slow old one"),
+    Scenario("takeover-late", "TOKENS=1 TERMINATORS=0 UNANSWERED=1 TAKEOVER", "and the old one's append arrives late"),
+    Scenario("takeover-twice", "TOKENS=1 TERMINATORS=0 UNANSWERED=0 TAKEOVER DELIVERIES=2", "a new owner and a late second delivery"),
+    Scenario("silence", "TOKENS=2 TERMINATORS=1 UNANSWERED=0 SILENCE", "the upstream falls silent"),
+)
+
+# What the mutants need: as small as it can be while the missing guard still shows.
+ALONE = "TOKENS=1 TERMINATORS=1 UNANSWERED=0 WEB_IS_QUICK"
+SLOW_WEB = "TOKENS=1 TERMINATORS=0 UNANSWERED=0"
+LOST = "TOKENS=2 TERMINATORS=1 UNANSWERED=1 WEB_IS_QUICK"
+RACE = "TOKENS=1 TERMINATORS=2 UNANSWERED=0 WEB_IS_QUICK"
+TWICE = "TOKENS=1 TERMINATORS=0 UNANSWERED=0 DELIVERIES=2 WEB_IS_QUICK"
+TAKEOVER = "TOKENS=1 TERMINATORS=1 UNANSWERED=0 TAKEOVER WEB_IS_QUICK"
+TAKEOVER_TWICE = "TOKENS=1 TERMINATORS=0 UNANSWERED=0 TAKEOVER DELIVERIES=2 WEB_IS_QUICK"
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    guard: str
+    defines: str
+    first: str  # the claim that the shortest counterexample breaks
+    visible: str  # the same where only what a user could notice is looked at
+
+
+MUTANTS = (
+    Mutant("NO_CLAIM_OWNER", TWICE, "One_owner", NOTHING),
+    Mutant("NO_CLAIM_EPOCH", TAKEOVER_TWICE, "Nothing_lost", "Nothing_lost"),
+    Mutant("NO_CLAIM_STATUS", ALONE, "One_owner", NOTHING),
+    Mutant("NO_CLAIM_GUARD", TWICE, "One_owner", "Seen_is_saved"),
+    Mutant("NO_OPEN_EPOCH", SLOW_WEB, "All_have_ended", "All_have_ended"),
+    Mutant("NO_OPEN_RAISE", SLOW_WEB, "All_have_ended", "All_have_ended"),
+    Mutant("NO_OPEN_ONLY_IF_ABSENT", ALONE, "Stop_is_a_fence", "Seen_is_saved"),
+    Mutant("READ_LOG_BEFORE_OPEN", TAKEOVER, "Seen_is_saved", "Seen_is_saved"),
+    Mutant("NO_APPEND_START", LOST, "Log_has_its_writer", "Nothing_lost"),
+    Mutant("NO_APPEND_FENCE", ALONE, "Stop_is_a_fence", "Seen_is_saved"),
+    Mutant("NO_APPEND_EPOCH", TAKEOVER, "Log_has_its_writer", "Seen_is_saved"),
+    Mutant("NO_FENCE_FIRST_WINS", ALONE, "First_fence_decides", NOTHING),
+    Mutant("NO_FENCE_EPOCH", TAKEOVER, "Nothing_lost", "Nothing_lost"),
+    Mutant("NO_FENCE_EXPECTED_END", LOST, "Nothing_lost", "Nothing_lost"),
+    Mutant("NO_RECORD_FIRST_WINS", RACE, "Stop_on_record", "Stop_on_record"),
+    Mutant("CHECKPOINT_UNACKNOWLEDGED", ALONE + " CHECKPOINTS", "First_fence_decides", "Seen_is_saved"),
+    Mutant("COMMIT_WITHOUT_FENCE", ALONE, "First_fence_decides", "Seen_is_saved"),
+    Mutant("COMMIT_UNCUT", ALONE, "First_fence_decides", "Seen_is_saved"),
+    Mutant("COMMIT_OWN_REASON", RACE, "First_fence_decides", "Stop_on_record"),
+    Mutant("NO_COMMIT_GUARD", RACE, "One_commit", NOTHING),
+    Mutant("NO_COMMIT_EPOCH", TAKEOVER, "Seen_is_saved", "Seen_is_saved"),
+    Mutant("RECEIPT_FROM_FENCE_NOT_ROW", ALONE, "Same_outcome", "Same_outcome"),
+    Mutant("PUBLISH_BEFORE_COMMIT", ALONE, "Done_after_commit", "Done_after_commit"),
+    Mutant("NO_FINISH_ONCE", ALONE, "One_done", "One_done"),
+    Mutant("TERMINATOR_ONLY_WAITS", ALONE, "All_have_ended", "All_have_ended"),
+    Mutant("NO_LEASE_NEWS", ALONE + " SILENCE", "All_have_ended", "All_have_ended"),
+)
+
+
+class CheckError(Exception):
+    """Spin, the compiler or the model did not do what a check needs."""
+
+
+@dataclass(frozen=True)
+class Search:
+    states: int
+    seconds: float
+    complete: bool  # to the end, without an error and without a limit being reached
+    output: str
+
+
+def run(command: list[str], where: Path, seconds: float = SEARCH_SECONDS) -> str:
+    """Return what `command` prints. Raises: CheckError if it takes longer than `seconds`."""
+    try:
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise CheckError(f"{command[0]} took more than {seconds:.0f} s") from None
+    return done.stdout + done.stderr
+
+
+def search(where: Path, defines: str, compiler_options: str, pan_options: str = "") -> Search:
+    """Build the verifier for `defines` in `where` and run it."""
+    began = time.monotonic()
+    shutil.copy(MODEL, where)
+    for old in (where / "pan", where / "stop.pml.trail"):
+        old.unlink(missing_ok=True)
+    said = run(["spin", "-a", *(f"-D{each}" for each in defines.split()), MODEL.name], where)
+    if "rror" in said:
+        raise CheckError(f"spin: {said.strip()}")
+    said = run(["cc", "-w", *compiler_options.split(), f"-DMEMLIM={MEMORY_MEGABYTES}", "-o", "pan", "pan.c"], where)
+    if not (where / "pan").exists():
+        raise CheckError(f"cc: {said.strip()}")
+    output = run(["./pan", f"-m{MAX_DEPTH_STEPS}", f"-w{HASH_BITS}", *pan_options.split()], where)
+    states = re.search(r"^\s*([\d.e+]+) states, stored", output, re.M)
+    if states is None:
+        raise CheckError(f"the search did not end: {output.strip()[-500:]}")
+    limited = re.search(r"too small|out of memory|not completed|aborting|truncated", output, re.I)
+    complete = "errors: 0" in output and not limited
+    return Search(int(float(states[1])), time.monotonic() - began, complete, output)
+
+
+def broken_claim(where: Path, defines: str) -> str:
+    """The name in the assertion that the trail in `where` ends with."""
+    replay = run(["spin", "-t", *(f"-D{each}" for each in defines.split()), MODEL.name], where)
+    found = re.search(r"text of failed assertion:.*\((\w+)==0\)", replay)
+    return found[1] if found else "an error without a name"
+
+
+def unreached(output: str) -> set[str]:
+    """The statements that a search never came to, as `process: line, statement`."""
+    statements = set()
+    for process, lines in re.findall(r"^unreached in (.+)\n((?:\t.*\n)*)", output, re.M):
+        for line, statement in re.findall(r"stop\.pml:(\d+), state \d+, (.*)", lines):
+            statements.add(f"{process}: line {line}, {statement}")
+    return statements
+
+
+def guards_of_model() -> set[str]:
+    tested = re.findall(r"^#\s*(?:ifdef|ifndef|if|elif)\b(.*)", MODEL.read_text(), re.M)
+    return set(re.findall(r"\b[A-Z][A-Z_]+\b", " ".join(tested))) - SIZES - SWITCHES
+
+
+class Table:
+    """One line a search, written as it ends; remembers whether all was as expected."""
+
+    def __init__(self) -> None:
+        self.ok = True
+        print(f"{'name':<36} {'states':>10}  {'result':<44} {'seconds':>7}", flush=True)
+
+    def line(self, name: str, states: int, result: str, seconds: float, ok: bool) -> None:
+        self.ok &= ok
+        mark = "" if ok else "   <-- NOT AS EXPECTED"
+        print(f"{name:<36} {states:>10,}  {result:<44} {seconds:>7.1f}{mark}", flush=True)
+
+
+def check_scenarios(where: Path, table: Table) -> None:
+    never = None
+    for each in SCENARIOS:
+        found = search(where, each.defines, "-O2 -DSAFETY -DCOLLAPSE -DNOFAIR")
+        result = "every claim holds"
+        if not found.complete:
+            has_trail = (where / "stop.pml.trail").exists()
+            result = f"broken: {broken_claim(where, each.defines)}" if has_trail else "not searched to the end"
+        table.line(each.name, found.states, result, found.seconds, found.complete)
+        missed = unreached(found.output)
+        never = missed if never is None else never & missed
+    for statement in sorted(never or ()):
+        if statement != "proctype Network: line {}, \"-end-\"".format(line_of_network_end()):
+            table.line(statement, 0, "reached in no scenario", 0, False)
+
+
+def line_of_network_end() -> int:
+    """The network serves for ever, so its closing brace is the one place nobody comes to."""
+    before = MODEL.read_text().split("proctype Network")[0].count("\n") + 1
+    body = MODEL.read_text().splitlines()[before - 1 :]
+    return before + body.index("}")
+
+
+def check_loops(where: Path, table: Table) -> None:
+    """Without progress labels every endless run is a non-progress cycle. (-A: of the claims it knows nothing.)"""
+    for each in SCENARIOS:
+        defines = re.sub(r"TOKENS=\d", "TOKENS=1", each.defines).replace("TERMINATORS=2", "TERMINATORS=1")
+        found = search(where, defines, "-O0 -DNP -DCOLLAPSE -DNOFAIR", "-l -A -n")
+        result = "every run ends" if found.complete else "an endless run, or not searched to the end"
+        table.line(f"{each.name}, ends", found.states, result, found.seconds, found.complete)
+
+
+def check_mutant(where: Path, mutant: Mutant, table: Table) -> None:
+    states, seconds, claims = 0, 0.0, []
+    for view in ("", " VISIBLE_ONLY"):
+        defines = f"{mutant.guard} {mutant.defines}{view}"
+        found = search(where, defines, "-O0 -DSAFETY -DBFS -DCOLLAPSE -DNOFAIR", "-n")
+        claims.append(NOTHING if found.complete else broken_claim(where, defines))
+        states, seconds = states + found.states, seconds + found.seconds
+    result = f"{claims[0]}; visibly {claims[1]}"
+    table.line(mutant.guard, states, result, seconds, claims == [mutant.first, mutant.visible] and claims[0] != NOTHING)
+
+
+def check_names(table: Table) -> None:
+    """Every guard of the model has a mutant here and a line in the README that says the same."""
+    readme = README.read_text()
+    for guard in sorted(guards_of_model() ^ {each.guard for each in MUTANTS}):
+        table.line(guard, 0, "in the model or in check.py, but not in both", 0, False)
+    for each in MUTANTS:
+        row = re.search(rf"^\| `{each.guard}` .*\| {each.first} \| {each.visible} \|$", readme, re.M)
+        if row is None:
+            table.line(each.guard, 0, "README.md does not say this", 0, False)
+
+
+def show_trail(where: Path, guard: str) -> None:
+    """Print the shortest run that goes wrong without `guard`."""
+    mutant = next((each for each in MUTANTS if each.guard == guard), None)
+    if mutant is None:
+        raise CheckError(f"no guard is called {guard}")
+    defines = f"{guard} {mutant.defines}"
+    search(where, defines, "-O0 -DSAFETY -DBFS -DCOLLAPSE -DNOFAIR", "-n")
+    replay = run(["spin", "-t", "-T", *(f"-D{each}" for each in defines.split()), MODEL.name], where)
+    print(f"{guard} ({mutant.defines})")
+    print(replay.split("spin: trail ends")[0].split("spin: stop.pml")[0].rstrip())
+    print(f"broken: {broken_claim(where, defines)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trail", metavar="GUARD", help="print the shortest run that goes wrong without GUARD")
+    parser.add_argument("--list", action="store_true", help="name the scenarios and guards, and stop")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for scenario in SCENARIOS:
+            print(f"{scenario.name:<16} {scenario.what}: {scenario.defines}")
+        for mutant in MUTANTS:
+            print(f"{mutant.guard:<28} {mutant.defines}")
+        return 0
+    for tool, package in (("spin", "spin"), ("cc", "gcc")):
+        if shutil.which(tool) is None:
+            print(f"check.py: {tool} is not on PATH (Debian and Ubuntu: apt install {package})", file=sys.stderr)
+            return 2
+    with tempfile.TemporaryDirectory(prefix="sluicegate-model-") as directory:
+        where = Path(directory)
+        try:
+            if arguments.trail:
+                show_trail(where, arguments.trail)
+                return 0
+            began = time.monotonic()
+            table = Table()
+            check_names(table)
+            check_scenarios(where, table)
+            check_loops(where, table)
+            for mutant in MUTANTS:
+                check_mutant(where, mutant, table)
+        except CheckError as error:
+            print(f"check.py: {error}", file=sys.stderr)
+            return 1
+    verdict = "as expected" if table.ok else "NOT as expected"
+    print(f"The model is {verdict}, after {time.monotonic() - began:.0f} s.")
+    return 0 if table.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

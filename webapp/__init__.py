@@ -1,0 +1,29 @@
+"""Sluicegate's web side, and the heart that the workers share with it. This is the map.
+
+What each room is:
+
+- `config` is the only reader of the environment, `errors` the one tree of errors, `views` what callers are
+  shown. `models` are the tables, `database` the one way to them.
+- `streams/` is the heart: how a session begins, is written, followed, stopped and ended. It knows neither HTTP nor Celery.
+- `queue` is the Celery instance, and the queue as the heart sees it. `upstream` asks the model's server what it offers.
+- `accounts`, `conversations` and `auth`: users and their tokens, what belongs to whom, and who may do what.
+- `rest/` and `pages/` are the faces: thin, over the heart.
+- `app` wires all of it; `wsgi` is the application that gunicorn serves, `gunicorn` how it does so.
+- `cli/` is the command `sluicegate`; `embedded/` is what `sluicegate up` brings along where nothing is configured.
+- `logs` and `migrate` set up what their names say.
+
+The workers are in the package `workers`, which imports this one and is never imported by it.
+
+In which order to read:
+
+1. `streams/lifecycle.py`: the words. Three pages of enums and one table.
+2. `streams/events.py`: what a position is, on which everything else rests.
+3. `streams/log.py` with `streams/lua/`: the verbs, and their refusals.
+4. `streams/manager.py`, with `streams/rows.py` beside it: start, claim, terminate, finish.
+5. `workers/generate.py` and `workers/flusher.py`: from the model to the log.
+6. `streams/hub.py` and `streams/follow.py`: from the log to a reader.
+7. `streams/recovery.py`: what is done about whatever went wrong.
+8. `rest/streams.py`: how little is left for HTTP.
+
+`docs/architecture.md` has the glossary, the diagrams and the table of races.
+"""
