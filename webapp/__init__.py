@@ -4,7 +4,8 @@ What each room is:
 
 - `config` is the only reader of the environment, `errors` the one tree of errors, `views` what callers are
   shown. `models` are the tables, `database` the one way to them.
-- `streams/` is the heart: how a session begins, is written, followed, stopped and ended. It knows neither HTTP nor Celery.
+- `streams/` is the heart: how a session begins, is written, followed, stopped and ended. It knows neither HTTP
+  nor Celery.
 - `queue` is the Celery instance, and the queue as the heart sees it. `upstream` asks the model's server what it offers.
 - `accounts`, `conversations` and `auth`: users and their tokens, what belongs to whom, and who may do what.
 - `rest/` and `pages/` are the faces: thin, over the heart.
@@ -16,7 +17,7 @@ The workers are in the package `workers`, which imports this one and is never im
 
 In which order to read:
 
-1. `streams/lifecycle.py`: the words. Three pages of enums and one table.
+1. `streams/lifecycle.py`: the words: statuses, phases, reasons, and which moves are allowed.
 2. `streams/events.py`: what a position is, on which everything else rests.
 3. `streams/log.py` with `streams/lua/`: the verbs, and their refusals.
 4. `streams/manager.py`, with `streams/rows.py` beside it: start, claim, terminate, finish.

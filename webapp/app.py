@@ -36,6 +36,7 @@ class Services:
     redis: redis.Redis
     log: TokenLog
     celery: Celery
+    queue: CeleryQueue
     manager: StreamSessionManager
     queries: SessionQueries
     reaper: Reaper
@@ -74,7 +75,8 @@ def _wire(app: Flask, settings: Settings) -> Services:
     token_log = TokenLog(client, live_seconds=_live_seconds(settings), retention_seconds=settings.log_retention_seconds)
     celery = make_celery(settings, set_as_current=False)
     queries = SessionQueries(database, token_log)
-    manager = StreamSessionManager(database, token_log, CeleryQueue(celery), settings, queries)
+    queue = CeleryQueue(celery)
+    manager = StreamSessionManager(database, token_log, queue, settings, queries)
     hub = StreamHub(
         client,
         token_log,
@@ -89,6 +91,7 @@ def _wire(app: Flask, settings: Settings) -> Services:
         redis=client,
         log=token_log,
         celery=celery,
+        queue=queue,
         manager=manager,
         queries=queries,
         reaper=Reaper(database, token_log, manager, queries, settings),

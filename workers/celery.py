@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery.signals import setup_logging, worker_ready
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from webapp.config import load_settings
 from webapp.logs import configure_logs
@@ -22,10 +22,20 @@ def _configure_logs(**_: object) -> None:
 
 @worker_ready.connect
 def _prepare(sender: Any, **_: object) -> None:
-    """A worker that generates makes its runtime before its first task, and says that it is there."""
-    if GENERATE_QUEUE in sender.app.amqp.queues.consume_from:
-        import gevent
+    """A worker that generates makes its runtime before its first task, says that it is there, and drains at its end."""
+    if GENERATE_QUEUE not in sender.app.amqp.queues.consume_from:
+        return
+    import gevent
 
-        from workers.runtime import runtime
+    from workers.runtime import runtime
 
-        gevent.spawn(lambda: runtime().report_alive(sender.hostname))
+    gevent.spawn(lambda: runtime().report_alive(sender.hostname))
+
+    def drain() -> None:
+        sender.cancel_task_queue(GENERATE_QUEUE)
+        runtime().drain()
+
+    def on_shutting_down(**_: object) -> None:
+        gevent.spawn(drain)  # this runs inside gevent's hub, where nothing may block
+
+    worker_shutting_down.connect(on_shutting_down, weak=False)

@@ -82,6 +82,7 @@ class Generation:
         self._flushed = Event()
         self._stop: Stop | None = None
         self._lost = False
+        self._handing_over = False
         self._refusal: Answer | None = None
         self._reader: gevent.Greenlet | None = None
         self._upstream_opened = False
@@ -95,6 +96,11 @@ class Generation:
         self._end(Stop(reason, detail))
         if self._reader is not None:
             self._reader.kill(block=False)
+
+    def hand_over(self) -> None:
+        """The worker stops: close the upstream, and let the session go on elsewhere from where it is."""
+        self._handing_over = True
+        self.stop(TerminationReason.SHUTDOWN)
 
     def lose(self) -> None:
         """The session is another's now: stop, and write nothing."""
@@ -168,7 +174,8 @@ class Generation:
             opened = self._open(assignment)
             if not opened.fenced:
                 self._generate(assignment)
-            self._finish()
+            if not self._handed_over():
+                self._finish()
         except Lost:
             log.info("stream.lost_to_another", session_id=str(self.session_id), epoch=self.epoch)
 
@@ -275,6 +282,17 @@ class Generation:
             self._reader.kill()
             if self._upstream_opened and self._upstream_closed_at is None:
                 self._upstream_closed_at = now()
+
+    def _handed_over(self) -> bool:
+        """Give the session up to another worker, where that was asked for and nothing has ended it meanwhile."""
+        if not self._handing_over or self._ports.settings.on_worker_lost == "keep":
+            return False
+        self._flush_all(time.monotonic() + WITHOUT_REDIS_SECONDS)
+        if self._refusal is not None or self._stop is None or self._stop.reason is not TerminationReason.SHUTDOWN:
+            return False
+        self._ports.manager.give_up(self.session_id, self.epoch)
+        log.info("stream.handed_over", session_id=str(self.session_id), length=self.transcript.length)
+        return True
 
     # -- the ending ----------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
+from typing import Final
 from uuid import UUID
 
 import gevent
@@ -20,6 +22,10 @@ from workers.ollama import OllamaService
 log = structlog.get_logger(__name__)
 
 
+DRAIN_POLL_SECONDS: Final = 0.05
+SEND_BACK_SECONDS: Final = 0.5
+
+
 class Runtime:
     """Runs generations; made once a process, in the process that runs them."""
 
@@ -35,6 +41,9 @@ class Runtime:
         )
         self._ports = Ports(services.manager, services.log, ollama, flusher, settings)
         self._workers = services.workers
+        self._settings = settings
+        self._queue = services.queue
+        self._draining = False
         for name, loop in (("flusher", flusher.run), ("leases", keeper.renew_leases), ("heartbeats", keeper.beat)):
             gevent.spawn(keep_running, name, loop)
 
@@ -55,6 +64,12 @@ class Runtime:
         """Run one session to its end, or return at once where it runs here already."""
         if session_id in self.table:
             return
+        if self._draining:
+            # Celery takes messages for a moment longer after it was told to stop: they go back, not at once,
+            # or this worker would take them again and again.
+            gevent.sleep(SEND_BACK_SECONDS)
+            self._queue.enqueue(session_id)
+            return
         # Entered before it is claimed: a stop that comes from now on finds it.
         generation = self.table[session_id] = Generation(session_id, owner, self._ports)
         try:
@@ -69,9 +84,25 @@ class Runtime:
         try:
             run.join()
         except gevent.GreenletExit:
-            generation.stop(TerminationReason.REVOKED)
+            if self._draining:  # a cold shutdown kills all tasks, which nobody means as the end of their streams
+                generation.hand_over()
+            else:
+                generation.stop(TerminationReason.REVOKED)
             run.join()
         run.get(block=False)  # raises what the run raised
+
+    def drain(self) -> None:
+        """Let the running streams end for a grace, then give the rest up to another worker. Blocks."""
+        self._draining = True
+        log.info("worker.draining", streams=len(self.table), grace_seconds=self._settings.drain_seconds)
+        deadline = time.monotonic() + self._settings.drain_seconds
+        while self.table and time.monotonic() < deadline:
+            gevent.sleep(DRAIN_POLL_SECONDS)
+        for generation in list(self.table.values()):
+            generation.hand_over()
+        while self.table:
+            gevent.sleep(DRAIN_POLL_SECONDS)
+        log.info("worker.drained")
 
     def stop(self, session_id: UUID, reason: TerminationReason) -> bool:
         """Stop a session that runs here; returns whether one does. Does not block."""

@@ -31,7 +31,7 @@ HASH_BITS = 22
 
 # Switches that choose a scenario; every other name tested by an #if of the model is a guard.
 SIZES = {"TOKENS", "DELIVERIES", "TERMINATORS", "UNANSWERED"}
-SWITCHES = {"TAKEOVER", "CHECKPOINTS", "SILENCE", "WEB_IS_QUICK", "VISIBLE_ONLY"}
+SWITCHES = {"TAKEOVER", "CHECKPOINTS", "SILENCE", "WEB_IS_QUICK", "VISIBLE_ONLY", "NO_READER"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant("NO_CLAIM_OWNER", TWICE, "One_owner", NOTHING),
     Mutant("NO_CLAIM_EPOCH", TAKEOVER_TWICE, "Nothing_lost", "Nothing_lost"),
     Mutant("NO_CLAIM_STATUS", ALONE, "One_owner", NOTHING),
-    Mutant("NO_CLAIM_GUARD", TWICE, "One_owner", "Seen_is_saved"),
+    Mutant("NO_CLAIM_GUARD", TWICE, "One_owner", "Nothing_lost"),
     Mutant("NO_OPEN_EPOCH", SLOW_WEB, "All_have_ended", "All_have_ended"),
     Mutant("NO_OPEN_RAISE", SLOW_WEB, "All_have_ended", "All_have_ended"),
     Mutant("NO_OPEN_ONLY_IF_ABSENT", ALONE, "Stop_is_a_fence", "Seen_is_saved"),
@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant("COMMIT_WITHOUT_FENCE", ALONE, "First_fence_decides", "Seen_is_saved"),
     Mutant("COMMIT_UNCUT", ALONE, "First_fence_decides", "Seen_is_saved"),
     Mutant("COMMIT_OWN_REASON", RACE, "First_fence_decides", "Stop_on_record"),
-    Mutant("NO_COMMIT_GUARD", RACE, "One_commit", NOTHING),
+    Mutant("NO_COMMIT_GUARD", ALONE, "One_commit", NOTHING),
     Mutant("NO_COMMIT_EPOCH", TAKEOVER, "Seen_is_saved", "Seen_is_saved"),
     Mutant("RECEIPT_FROM_FENCE_NOT_ROW", ALONE, "Same_outcome", "Same_outcome"),
     Mutant("PUBLISH_BEFORE_COMMIT", ALONE, "Done_after_commit", "Done_after_commit"),
@@ -159,6 +159,10 @@ def unreached(output: str) -> set[str]:
     return statements
 
 
+def claims_of_model(macro: str) -> set[str]:
+    return set(re.findall(rf"\b{macro}\((\w+),", MODEL.read_text())) - {"claim"}
+
+
 def guards_of_model() -> set[str]:
     tested = re.findall(r"^#\s*(?:ifdef|ifndef|if|elif)\b(.*)", MODEL.read_text(), re.M)
     return set(re.findall(r"\b[A-Z][A-Z_]+\b", " ".join(tested))) - SIZES - SWITCHES
@@ -180,7 +184,7 @@ class Table:
 def check_scenarios(where: Path, table: Table) -> None:
     never = None
     for each in SCENARIOS:
-        found = search(where, each.defines, "-O2 -DSAFETY -DCOLLAPSE -DNOFAIR")
+        found = search(where, each.defines, "-O1 -DSAFETY -DCOLLAPSE -DNOFAIR")
         result = "every claim holds"
         if not found.complete:
             has_trail = (where / "stop.pml.trail").exists()
@@ -203,21 +207,27 @@ def line_of_network_end() -> int:
 def check_loops(where: Path, table: Table) -> None:
     """Without progress labels every endless run is a non-progress cycle. (-A: of the claims it knows nothing.)"""
     for each in SCENARIOS:
-        defines = re.sub(r"TOKENS=\d", "TOKENS=1", each.defines).replace("TERMINATORS=2", "TERMINATORS=1")
+        defines = re.sub(r"TOKENS=\d", "TOKENS=1", each.defines) + " NO_READER WEB_IS_QUICK"
         found = search(where, defines, "-O0 -DNP -DCOLLAPSE -DNOFAIR", "-l -A -n")
         result = "every run ends" if found.complete else "an endless run, or not searched to the end"
         table.line(f"{each.name}, ends", found.states, result, found.seconds, found.complete)
 
 
 def check_mutant(where: Path, mutant: Mutant, table: Table) -> None:
-    states, seconds, claims = 0, 0.0, []
-    for view in ("", " VISIBLE_ONLY"):
-        defines = f"{mutant.guard} {mutant.defines}{view}"
-        found = search(where, defines, "-O0 -DSAFETY -DBFS -DCOLLAPSE -DNOFAIR", "-n")
-        claims.append(NOTHING if found.complete else broken_claim(where, defines))
-        states, seconds = states + found.states, seconds + found.seconds
-    result = f"{claims[0]}; visibly {claims[1]}"
-    table.line(mutant.guard, states, result, seconds, claims == [mutant.first, mutant.visible] and claims[0] != NOTHING)
+    first, states, seconds = search_mutant(where, f"{mutant.guard} {mutant.defines}")
+    visible = first
+    if first in claims_of_model("KEEPS"):
+        visible, more_states, more_seconds = search_mutant(where, f"{mutant.guard} {mutant.defines} VISIBLE_ONLY")
+        states, seconds = states + more_states, seconds + more_seconds
+    ok = (first, visible) == (mutant.first, mutant.visible) and first != NOTHING
+    table.line(mutant.guard, states, f"{first}; visibly {visible}", seconds, ok)
+
+
+def search_mutant(where: Path, defines: str) -> tuple[str, int, float]:
+    """The claim that the shortest counterexample breaks, the states and the seconds. (BFS: the shortest.)"""
+    found = search(where, defines, "-O0 -DSAFETY -DBFS -DCOLLAPSE -DNOFAIR", "-n")
+    claim = NOTHING if found.complete else broken_claim(where, defines)
+    return claim, found.states, found.seconds
 
 
 def check_names(table: Table) -> None:

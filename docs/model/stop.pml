@@ -282,10 +282,10 @@ inline RECORD(reason) {
 inline CHECKPOINT() {
     d_step {
         if
-        :: row_status == ACTIVE && row_epoch == epoch -> row_checkpoint = checkpoint_upto
-        :: else
+        :: row_status == ACTIVE && row_epoch == epoch -> row_checkpoint = checkpoint_upto; won = true
+        :: else -> won = false
         fi;
-        printf("%d CHECKPOINT %d\n", me, checkpoint_upto)
+        printf("%d CHECKPOINT %d: won %d\n", me, checkpoint_upto, won)
     }
 }
 
@@ -529,7 +529,12 @@ proctype Worker(byte me) {
             printf("%d APPEND epoch %d, from %d to %d: no answer\n", me, epoch, acked, length) }
 
 #ifdef CHECKPOINTS
-    :: row_checkpoint < checkpoint_upto -> CHECKPOINT()
+    :: row_checkpoint < checkpoint_upto ->
+        CHECKPOINT();
+        if
+        :: won -> won = false
+        :: else -> READ(); goto leave   /* ended, or another's by now */
+        fi
 #endif
 
 #ifndef NO_LEASE_NEWS
@@ -700,7 +705,10 @@ proctype Reader() {
 
 init {
     atomic {
-        run Network(); run Reader();
+        run Network();
+#ifndef NO_READER
+        run Reader();
+#endif
 #ifdef WEB_IS_QUICK
         state_exists = true;
 #else

@@ -19,7 +19,7 @@ MakeWorld = Callable[..., World]
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-def database_with_tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def database_with_tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of the session's database of each kind; a test that asks for it runs once on each."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'session.db'}"
@@ -27,7 +27,7 @@ def database_with_tables(request: pytest.FixtureRequest, tmp_path_factory: pytes
         url = request.getfixturevalue("postgres").create_database()
     engine = create_engine(url, poolclass=NullPool)
     db.metadata.create_all(engine)
-    yield url
+    return url
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def open_services() -> Services:
     return make_services(settings)
 
 
-def open_accounts() -> Accounts:
+@contextmanager
+def open_accounts() -> Iterator[Accounts]:
     """The accounts alone, which need the database and no Redis."""
     from webapp.accounts import Accounts
     from webapp.database import open_database
@@ -39,7 +42,11 @@ def open_accounts() -> Accounts:
 
     settings = quiet_settings()
     configure_logs(settings)
-    return Accounts(open_database(bare_app(settings)), sign_in_token_seconds=settings.sign_in_token_seconds)
+    database = open_database(bare_app(settings))
+    try:
+        yield Accounts(database, sign_in_token_seconds=settings.sign_in_token_seconds)
+    finally:
+        database.engine.dispose()
 
 
 def bare_app(settings: Settings) -> Flask:

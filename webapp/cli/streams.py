@@ -12,7 +12,6 @@ import click
 if TYPE_CHECKING:
     from webapp.streams.manager import StreamSessionManager
     from webapp.streams.queries import SessionQueries
-    from webapp.streams.queries import SessionQueries
     from webapp.views import ReceiptView, SessionView
 
 _LISTED = 100

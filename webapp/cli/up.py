@@ -276,10 +276,10 @@ class Deployment:
         from webapp.cli.services import open_accounts
         from webapp.cli.users import sign_in_url
 
-        accounts = open_accounts()
-        accounts.ensure_user(OWNER, operator=True)
-        self._await_ready(thread)
-        token = accounts.make_sign_in_token(OWNER)
+        with open_accounts() as accounts:
+            accounts.ensure_user(OWNER, operator=True)
+            self._await_ready(thread)
+            token = accounts.make_sign_in_token(OWNER)
         if self._signals:
             return
         url = sign_in_url(self._settings.effective_public_url, token)

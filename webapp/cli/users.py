@@ -17,7 +17,8 @@ def create(name: str, operator: bool) -> None:
     """Create the user NAME and print the API token, which is shown only now."""
     from webapp.cli.services import open_accounts
 
-    token = open_accounts().create_user(name, operator=operator)
+    with open_accounts() as accounts:
+        token = accounts.create_user(name, operator=operator)
     click.echo(f"API token of {name}, shown only now: {token}")
 
 
@@ -27,7 +28,8 @@ def rotate(name: str) -> None:
     """Print a new API token of NAME; the old one is no longer valid."""
     from webapp.cli.services import open_accounts
 
-    token = open_accounts().rotate_token(name)
+    with open_accounts() as accounts:
+        token = accounts.rotate_token(name)
     click.echo(f"New API token of {name}, shown only now: {token}")
 
 
@@ -38,7 +40,8 @@ def sign_in(name: str) -> None:
     from webapp.cli.services import open_accounts
     from webapp.config import load_settings
 
-    token = open_accounts().make_sign_in_token(name)
+    with open_accounts() as accounts:
+        token = accounts.make_sign_in_token(name)
     click.echo(f"Sign in as {name}, once: {sign_in_url(load_settings().effective_public_url, token)}")
 
 
@@ -48,7 +51,8 @@ def disable(name: str) -> None:
     """Take every access from NAME; what the user wrote stays."""
     from webapp.cli.services import open_accounts
 
-    open_accounts().disable_user(name)
+    with open_accounts() as accounts:
+        accounts.disable_user(name)
     click.echo(f"{name} is disabled")
 
 
@@ -59,7 +63,8 @@ def list_users(as_json: bool) -> None:
     from webapp.cli.output import print_json, print_table
     from webapp.cli.services import open_accounts
 
-    found = open_accounts().list_users()
+    with open_accounts() as accounts:
+        found = accounts.list_users()
     if as_json:
         print_json([user.as_dict() for user in found])
         return

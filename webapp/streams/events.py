@@ -126,5 +126,7 @@ def phase_data(phase: str, attempt: int, queue_position: int | None = None) -> b
     return orjson.dumps(data)
 
 
+RECONNECT: Final = b"retry: 1000\n"
+"""Put before the first event: how many milliseconds a browser waits before it comes back."""
 COMMENT: Final = b": keep-alive\n\n"
 """What is sent on a silent stream, so that proxies do not close it."""

@@ -21,6 +21,7 @@ from webapp.streams.events import (
     DONE,
     MESSAGE,
     PHASE,
+    RECONNECT,
     SESSION,
     START,
     THINKING,
@@ -84,7 +85,7 @@ class Follower:
     def events(self) -> Iterator[bytes]:
         """Server-sent events, several in one piece where several are there; ends after `done`, or when closed."""
         session = self._session
-        yield encode_json_event(
+        yield RECONNECT + encode_json_event(
             SESSION,
             {
                 "sessionId": str(session.session_id),

@@ -42,7 +42,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a verb answered. `end` and `thinking_length` are in code points; `reason` and `fenced_us` are the fence's."""
+    """What a verb answered. `end` and `thinking_length` are in code points; `reason` and `fenced_us` the fence's."""
 
     verdict: Verdict
     end: int = 0

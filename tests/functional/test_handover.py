@@ -1,0 +1,67 @@
+"""A worker that stops, or is lost, does not end its streams: another goes on in the same message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.functional.nodes import Client, Stack
+from tests.functional.text import assert_one_text
+from tests.upstream import UpstreamProcess, expected_text
+
+MODEL = "pace=40,tokens=200,alphabet=mixed"
+STREAMS = 3
+
+
+@pytest.fixture(scope="module")
+def stack_settings() -> Mapping[str, str]:
+    return {"SLUICEGATE_LEASE_SECONDS": "2", "SLUICEGATE_DRAIN_SECONDS": "0", "SLUICEGATE_HEARTBEAT_SECONDS": "0.5"}
+
+
+def begin(client: Client) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Streams under way, each with a reader."""
+    sessions = [client.post_message("go on", model=f"name=n{number},{MODEL}") for number in range(STREAMS)]
+    readers = [client.follow(session["sessionId"]) for session in sessions]
+    for reader in readers:
+        reader.wait_for_text(100)
+    return sessions, readers
+
+
+def assert_went_on(stack: Stack, client: Client, sessions: list[dict[str, Any]], readers: list[Any]) -> None:
+    """The text is that of an uninterrupted answer, and a second attempt wrote its rest."""
+    for session, reader in zip(sessions, readers, strict=True):
+        assert reader.wait_until_done(40)["reason"] == "stop"
+        assert reader.text == expected_text(MODEL).content
+        assert {event.data["attempt"] for event in reader.of("phase")} == {1, 2}
+        assert client.stream(session["sessionId"])["attempt"] == 2
+        assert_one_text(stack, client, session, client.terminate(session["sessionId"]), [reader])
+
+
+def test_a_worker_that_is_asked_to_stop(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
+    """SIGTERM: what has not ended within the grace is given up to another worker."""
+    sessions, readers = begin(client)
+    stack.start_worker()
+    assert stack.worker.container.process.stop() == 0
+    assert_went_on(stack, client, sessions, readers)
+
+
+def test_a_worker_that_is_killed(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
+    """SIGKILL: its leases lapse, the reaper finds it lost, and another worker goes on."""
+    stack.start_reaper()
+    stack.start_beat()
+    sessions, readers = begin(client)
+    stack.start_worker()
+    stack.worker.container.kill("SIGKILL")
+    assert_went_on(stack, client, sessions, readers)
+
+
+def test_a_stop_while_nobody_runs_it(stack: Stack, client: Client) -> None:
+    """Between a killed worker and the next a stop takes effect, and keeps what was seen."""
+    sessions, readers = begin(client)
+    stack.worker.container.kill("SIGKILL")
+    for session, reader in zip(sessions, readers, strict=True):
+        receipt = client.terminate(session["sessionId"])
+        assert (receipt["reason"], receipt["upstreamClosedAt"]) == ("user", None)
+        assert_one_text(stack, client, session, receipt, [reader])
