@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import kombu.utils.functional
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from webapp.config import load_settings
 from webapp.logs import configure_logs
 from webapp.queue import GENERATE_QUEUE, make_celery
+
+# gevent patches `threading` before `time`, and on the way touches Celery's lazy objects, which import kombu: kombu
+# keeps the `sleep` that blocks. It sleeps between two tries to reach the broker, and every stream with it.
+kombu.utils.functional.sleep = time.sleep  # type: ignore[attr-defined]
 
 settings = load_settings()
 app = make_celery(settings, include=["workers.tasks", "workers.control", "workers.reaper"])

@@ -35,7 +35,7 @@ from workers.transcript import Transcript
 log = structlog.get_logger(__name__)
 
 RETRY_SECONDS: Final = 0.2
-WITHOUT_REDIS_SECONDS: Final = 5.0
+WITHOUT_REDIS_SECONDS: Final = 2.0
 """How long an ending waits for Redis before it is committed without the fence: the row then decides alone."""
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _LISTED = 100
 _STOPPED_AT_ONCE = 8
-_BATCH = 1000
+_ALL = 1_000_000
 
 
 @click.group()
@@ -65,7 +65,7 @@ def stop(ids: tuple[UUID, ...], user_name: str | None, model: str | None, everyt
 
 
 def _active(queries: SessionQueries, user_name: str | None, model: str | None) -> list[UUID]:
-    found = queries.list_streams(active_only=True, user_name=user_name, model=model, limit=_BATCH)
+    found = queries.list_streams(active_only=True, user_name=user_name, model=model, limit=_ALL)
     return [view.session_id for view in found]
 
 

@@ -195,7 +195,7 @@ class Deployment:
         from webapp.embedded.runtime import free_port
 
         url = self._settings.ollama_base_url
-        if "ollama_base_url" in self._settings.model_fields_set or get(f"{url}/api/version")[0] == 200:
+        if _is_given("OLLAMA_BASE_URL") or get(f"{url}/api/version")[0] == 200:
             _say(f"Model: Ollama at {url}")
             return
         port = free_port()
@@ -343,6 +343,13 @@ class Deployment:
         if self._settings.flower_basic_auth:
             return "sign in as set in SLUICEGATE_FLOWER_BASIC_AUTH"
         return f"sign in as {self._directory / CREDENTIALS_FILE} says"
+
+
+def _is_given(variable: str) -> bool:
+    """Whether a person has set a variable to anything, there or in `.env`."""
+    from webapp.embedded.runtime import read_environment
+
+    return bool(os.environ.get(variable) or read_environment(Path(".env")).get(variable))
 
 
 def _raise_descriptor_limit() -> None:

@@ -66,12 +66,16 @@ def rename(conversation_id: UUID, body: ConversationChange) -> ResponseReturnVal
 def delete(conversation_id: UUID) -> ResponseReturnValue:
     """Delete a conversation, ending its active stream first"""
     auth.require(conversation_id, Action.MANAGE)
-    services = current_app.extensions["sluicegate"]
-    for active in services.queries.active_in(conversation_id):
-        by = auth.require_user().name
-        services.manager.terminate(active.session_id, TerminationReason.CONVERSATION_DELETED, by=by)
-    services.conversations.hide(conversation_id)
+    _end_streams(conversation_id)
+    current_app.extensions["sluicegate"].conversations.hide(conversation_id)
+    _end_streams(conversation_id)  # one may have begun in between; from now on none can
     return "", 204
+
+
+def _end_streams(conversation_id: UUID) -> None:
+    services, by = current_app.extensions["sluicegate"], auth.require_user().name
+    for active in services.queries.active_in(conversation_id):
+        services.manager.terminate(active.session_id, TerminationReason.CONVERSATION_DELETED, by=by)
 
 
 @conversations.get("/<uuid:conversation_id>/messages")

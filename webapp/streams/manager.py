@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Final
 from uuid import UUID
 
 import structlog
@@ -40,6 +42,9 @@ from webapp.streams.queries import SessionQueries, done_data, session_view, term
 from webapp.views import ReceiptView, SessionView
 
 log = structlog.get_logger(__name__)
+
+WITHOUT_REDIS_WAIT_SECONDS: Final = 10.0
+"""That a terminate call waits for the worker's commit while Redis cannot be reached."""
 
 
 class StreamSessionManager:
@@ -90,6 +95,8 @@ class StreamSessionManager:
     def _insert(self, s: Session, new: NewMessage) -> StreamSession:
         settings = self._settings
         cap = settings.max_active_streams_per_user
+        if cap:
+            rows.lock_user(s, new.user_id)
         if cap and rows.active_count(s, new.user_id) >= cap:
             raise TooManyStreams(
                 f"You have {cap} active streams, the most allowed; stop one first", retry_after_seconds=5
@@ -215,11 +222,10 @@ class StreamSessionManager:
         Raises:
             Unavailable: the database did not answer; it is not known whether the ending was written.
         """
-        ending = _ending(outcome)
         row = self._queries.row(session_id)
         if row.epoch != epoch:
             return False
-        return self._commit(row, ending)
+        return self._commit(row, _ending(_with_checkpoint(row, outcome)))
 
     def settle(self, session_id: UUID, reason: TerminationReason, *, detail: str | None = None) -> None:
         """End a session that no worker runs, or whose worker does not answer; returns once it has ended.
@@ -323,8 +329,10 @@ class StreamSessionManager:
 
     def _stop(self, row: StreamSession) -> None:
         reason = TerminationReason(str(row.stop_reason))
-        deadline = time.monotonic() + self._settings.terminate_wait_seconds
         fence = self._try_fence(row.id, reason)
+        # Without Redis the worker learns of the stop from its next heartbeat, and then gives Redis a moment.
+        wait_seconds = self._settings.terminate_wait_seconds if fence else WITHOUT_REDIS_WAIT_SECONDS
+        deadline = time.monotonic() + wait_seconds
         nudge = fence is None or fence.verdict in (Verdict.OK, Verdict.ABSENT)
         while row.status == StreamStatus.ACTIVE and row.owner and (left := deadline - time.monotonic()) > 0:
             if nudge:
@@ -361,6 +369,13 @@ class StreamSessionManager:
             self.wait_done(session_id, timeout_seconds)
         except RedisError:
             time.sleep(min(0.1, timeout_seconds))
+
+
+def _with_checkpoint(row: StreamSession, outcome: Outcome) -> Outcome:
+    """The longer of the outcome's text and the checkpoint: the fence may stand in a log that Redis had lost."""
+    if row.checkpoint_length <= len(outcome.text):
+        return outcome
+    return replace(outcome, text=row.checkpoint, thinking_length=row.checkpoint_thinking_length)
 
 
 def _ending(outcome: Outcome) -> rows.Ending:

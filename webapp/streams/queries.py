@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from webapp.database import Database
 from webapp.errors import NotFound, Unavailable
-from webapp.models import Member, Message, StreamSession, User
+from webapp.models import Conversation, Member, Message, StreamSession, User
 from webapp.streams import rows
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import LogState, TokenLog
@@ -83,7 +83,8 @@ class SessionQueries:
         if active_only:
             query = query.where(StreamSession.status == StreamStatus.ACTIVE)
         if user_id is not None:
-            mine = select(Member.conversation_id).where(Member.user_id == user_id)
+            mine = select(Member.conversation_id).join(Conversation, Conversation.id == Member.conversation_id)
+            mine = mine.where(Member.user_id == user_id, Conversation.deleted_at.is_(None))
             query = query.where(StreamSession.conversation_id.in_(mine))
         if user_name is not None:
             query = query.where(

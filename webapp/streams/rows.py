@@ -233,6 +233,11 @@ def enqueued(s: Session, session_id: UUID, at: datetime) -> None:
     s.execute(update(StreamSession).where(is_active(session_id)).values(enqueued_at=at))
 
 
+def lock_user(s: Session, user_id: UUID) -> None:
+    """Let no other transaction count this user's sessions before this one ends; SQLite has one writer anyway."""
+    s.execute(select(User.id).where(User.id == user_id).with_for_update(key_share=True))
+
+
 def active_count(s: Session, user_id: UUID) -> int:
     """How many sessions of a user are ACTIVE."""
     where = (StreamSession.user_id == user_id) & (StreamSession.status == ACTIVE)
