@@ -115,6 +115,12 @@ class Settings(BaseSettings):
         for scheme in ("postgres://", "postgresql://"):
             if value.startswith(scheme):
                 return "postgresql+psycopg://" + value.removeprefix(scheme)
+        if value.startswith("sqlite"):
+            path = value.partition("///")[2].partition("?")[0]
+            if path in ("", ":memory:"):
+                raise ValueError("an SQLite in memory is not shared by the processes: name a file, sqlite:///PATH")
+            # Against the working directory, as everywhere else, and not Flask's instance directory.
+            return value.replace("///" + path, f"///{Path(path).absolute()}", 1)
         return value
 
     @field_validator("redis_url")
@@ -210,4 +216,4 @@ def load_settings(**overrides: Any) -> Settings:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else "settings"
         variable = Settings.variable_of(field) if field in Settings.model_fields else field
-        raise ConfigurationError(f"{variable}: {first['msg']} (got {first.get('input')!r})") from None
+        raise ConfigurationError(f"{variable}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})") from None

@@ -29,6 +29,9 @@
 /* TAKEOVER       the reaper releases an owner once, and one more message is sent
  * CHECKPOINTS    workers write checkpoints
  * SILENCE        an upstream may fall silent for ever (only with a terminator, as a timeout is one)
+ * WEB_IS_QUICK   the web process's OPEN comes before everything else
+ * NO_READER      without the reader, who decides nothing; for the search for endless runs
+ * VISIBLE_ONLY   see the claims
  * These are off unless defined. */
 
 #define TEXT_MAX    (2 * TOKENS + 1)
@@ -179,7 +182,7 @@ mtype row_stop;                     /* the recorded stop request */
 byte  row_checkpoint;
 mtype row_reason;                   /* these three are set by COMMIT */
 byte  row_length;
-Text row_text;
+Text  row_text;
 bool  row_published;
 
 bool  revoked;                      /* Celery's revoke: messages not yet started never will be */
@@ -190,7 +193,7 @@ bool  state_exists;
 byte  state_epoch;
 byte  state_end;
 mtype state_fence;
-Text state_text;
+Text  state_text;
 short state_cuts;                   /* bit e: a log entry ends at position e */
 byte  state_dones, state_done_at;
 
@@ -302,11 +305,14 @@ inline COMMIT() {
             commits++; won = true;
             KEEPS(One_commit, commits == 1);
             KEEPS(First_fence_decides, row_reason == first_fence && row_length == first_fence_end);
-            MUST(Stop_on_record, row_reason == STOP || row_reason == row_stop);
-            SAY(row_reason, row_length)
+            MUST(Stop_on_record, row_reason == STOP || row_reason == row_stop)
         :: else -> won = false
         fi;
-        printf("%d COMMIT epoch %d, %e, length %d: won %d\n", me, epoch, why, at, won)
+        printf("%d COMMIT epoch %d, %e, length %d: won %d\n", me, epoch, why, at, won);
+        if
+        :: won -> SAY(row_reason, row_length)
+        :: else
+        fi
     }
 }
 

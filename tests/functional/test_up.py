@@ -22,6 +22,7 @@ from webapp.embedded.runtime import free_port, read_environment
 
 PROGRAM = Path(sys.executable).with_name("sluicegate")
 START_SECONDS = 90
+pytestmark = pytest.mark.timeout(300)
 STOP_SECONDS = 10
 READY = re.compile(r"Sluicegate is ready: (?P<url>http\S+/sign-in\?token=(?P<token>[\w.-]{20,}))")
 

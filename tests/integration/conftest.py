@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import NullPool, create_engine
 
-from tests.integration.world import World, empty_tables, make_settings, make_world
+from tests.integration.world import CLOSED_REDIS, World, empty_tables, make_settings, make_world
 from tests.services import ValkeyServer
+from webapp.app import make_services
 from webapp.config import Settings
+from webapp.database import Database
 from webapp.models import db
 
 MakeSettings = Callable[..., Settings]
@@ -19,43 +20,45 @@ MakeWorld = Callable[..., World]
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-def database_with_tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URL of the session's database of each kind; a test that asks for it runs once on each."""
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'session.db'}"
-    else:
+def session_database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """The session's database of each kind, with tables; a test that asks for it runs once on each."""
+    directory = tmp_path_factory.mktemp("database")
+    url = f"sqlite:///{directory / 'session.db'}"
+    if request.param == "postgresql":
         url = request.getfixturevalue("postgres").create_database()
-    engine = create_engine(url, poolclass=NullPool)
-    db.metadata.create_all(engine)
-    return url
+    database = make_services(make_settings(url, CLOSED_REDIS, directory)).database
+    db.metadata.create_all(database.engine)
+    yield database
+    database.engine.dispose()
 
 
 @pytest.fixture
-def tables_url(database_with_tables: str) -> str:
-    """URL of a database that has the application's tables, and nothing in them."""
-    empty_tables(create_engine(database_with_tables, poolclass=NullPool))
-    return database_with_tables
+def database(session_database: Database) -> Database:
+    """A database that has the application's tables, and nothing in them."""
+    empty_tables(session_database.engine)
+    return session_database
 
 
 @pytest.fixture
-def settings_for(tables_url: str, valkey: ValkeyServer, tmp_path: Path) -> MakeSettings:
+def settings_for(database: Database, valkey: ValkeyServer, tmp_path: Path) -> MakeSettings:
     """Makes settings for this test's database and the session's Valkey, which are both empty; takes others by name."""
     valkey.flush()
+    database_url = database.engine.url.render_as_string(hide_password=False)
 
     def make(**overrides: Any) -> Settings:
         overrides = {"redis_url": valkey.url} | overrides
-        return make_settings(tables_url, overrides.pop("redis_url"), tmp_path, **overrides)
+        return make_settings(database_url, overrides.pop("redis_url"), tmp_path, **overrides)
 
     return make
 
 
 @pytest.fixture
-def world_with(settings_for: MakeSettings) -> Iterator[MakeWorld]:
+def world_with(database: Database, settings_for: MakeSettings) -> Iterator[MakeWorld]:
     """Makes worlds with settings of their own, over one database."""
     made: list[World] = []
 
     def make(**overrides: Any) -> World:
-        made.append(make_world(settings_for(**overrides)))
+        made.append(make_world(settings_for(**overrides), database))
         return made[-1]
 
     yield make

@@ -46,6 +46,7 @@ def sqlite(tmp_path: Path, valkey: ValkeyServer) -> Iterator[World]:
     db.metadata.create_all(world.database.engine)
     yield world
     world.close()
+    world.database.engine.dispose()
 
 
 def insert(world: World, row: Any) -> None:

@@ -20,10 +20,10 @@ from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
 from tests.upstream import MIXED
 from webapp.errors import ConversationBusy, NotFound, SluicegateError, TooManyStreams, Unavailable
-from webapp.models import Conversation, Member, Message, OnDisconnect, Role, new_id, now
+from webapp.models import Message, OnDisconnect, Role, new_id, now
 from webapp.streams import manager as manager_module
 from webapp.streams import rows
-from webapp.streams.events import MESSAGE, THINKING, done_position
+from webapp.streams.events import THINKING, done_position
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import Answer, Verdict
 from webapp.streams.ports import NewMessage, Outcome
@@ -154,7 +154,7 @@ class TestStart:
 
     def test_no_cap_is_none(self, world_with: MakeWorld) -> None:
         world = world_with(max_active_streams_per_user=0)
-        assert len({world.start().session_id for _ in range(25)}) == 25
+        assert len({world.start().session_id for _ in range(21)}) == 21
 
     def test_a_full_queue_refuses_and_what_was_claimed_does_not_count(self, world_with: MakeWorld) -> None:
         world = world_with(max_queued_streams=2)
@@ -884,7 +884,7 @@ class TestBeat:
 
     def test_many_sessions_go_in_one_statement(self, world_with: MakeWorld) -> None:
         world = world_with(max_active_streams_per_user=0)
-        workers = [world.run() for _ in range(40)]
+        workers = [world.run() for _ in range(20)]
         ended, stale = workers[3], workers[5]
         ended.end()
         beats = [Beat(one.session_id, 1, 0, WORLD_TEXT * number, number) for number, one in enumerate(workers)]

@@ -166,6 +166,6 @@ def _of_postgresql(engine: Engine, table: str) -> Shape:
     )
     with engine.connect() as connection:
         return {
-            "indexes": {name: definition for name, definition in connection.execute(indexes, {"table": table})},
-            "constraints": {name: definition for name, definition in connection.execute(constraints, {"table": table})},
+            "indexes": dict(iter(connection.execute(indexes, {"table": table}).tuples())),
+            "constraints": dict(iter(connection.execute(constraints, {"table": table}).tuples())),
         }

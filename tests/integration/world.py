@@ -9,8 +9,10 @@ import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import redis
@@ -18,6 +20,7 @@ from sqlalchemy import Engine, func, select, update
 
 from webapp.app import Services, make_services
 from webapp.config import Settings
+from webapp.database import Database
 from webapp.models import Member, Message, Role, StreamSession, User, db, now
 from webapp.streams.events import DONE, MESSAGE, LogEntry
 from webapp.streams.keys import log_key, state_key
@@ -77,10 +80,9 @@ class World:
         self.reaper = services.reaper
 
     def close(self) -> None:
-        """Let followers, threads and connections go."""
+        """Let followers, threads and connections to Redis go."""
         self.services.hub.close()
         self.redis.close()
-        self.database.engine.dispose()
 
     # People and conversations
 
@@ -214,9 +216,13 @@ class Worker:
         self._world.queue.on_nudge = on_nudge
 
 
-def make_world(settings: Settings) -> World:
-    """The services of `settings`, their manager over a recording queue."""
-    made = make_services(settings)
+def make_world(settings: Settings, database: Database | None = None) -> World:
+    """The services of `settings`, their manager over a recording queue.
+
+    `database` is one that is open already: a new engine would compile every statement anew.
+    """
+    with patch("webapp.app.open_database", return_value=database) if database else nullcontext():
+        made = make_services(settings)
     queue = RecordingQueue()
     manager = StreamSessionManager(made.database, made.log, queue, settings, made.queries)
     reaper = Reaper(made.database, made.log, manager, made.queries, settings)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from apiflask import APIFlask
-from flask import request
+from flask import Request, request
 
 from webapp import auth
 from webapp.config import Settings
@@ -20,12 +22,20 @@ def configure_rest(app: APIFlask, settings: Settings) -> None:
     app.config["OPENAPI_VERSION"] = "3.1.0"
     app.config["VALIDATION_ERROR_DESCRIPTION"] = "The request is not valid"
     app.security_schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
+    app.request_class = _Request
     configure_problems(app)
     for blueprint in (conversations, streams):
         blueprint.before_request(_require_user)
         blueprint.before_request(_require_json)
         app.register_blueprint(blueprint)
     app.register_blueprint(system)
+
+
+class _Request(Request):
+    """A request whose missing body is an empty object: where members are required, they are named as missing."""
+
+    def on_json_loading_failed(self, e: ValueError | None) -> Any:
+        return {} if not self.get_data() else super().on_json_loading_failed(e)
 
 
 def _require_user() -> None:
@@ -35,7 +45,7 @@ def _require_user() -> None:
 
 def _require_json() -> None:
     """A body is JSON and says so: that a browser cannot send across sites without asking."""
-    if request.method not in ("POST", "PUT", "PATCH"):
+    if request.method not in ("POST", "PUT", "PATCH") or not request.get_data():
         return
     if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise UnsupportedMediaType("Send the body with Content-Type: application/json")

@@ -1,0 +1,328 @@
+"""The reaper: what a crash leaves behind is found, and brought to its end or to another worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from tests.integration.conftest import MakeWorld
+from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
+from webapp.models import new_id, now
+from webapp.streams import recovery, rows
+from webapp.streams.events import THINKING, done_position
+from webapp.streams.keys import state_key
+from webapp.streams.lifecycle import StreamStatus, TerminationReason
+from webapp.streams.log import Answer, Verdict
+from webapp.streams.ports import Outcome
+from webapp.streams.rows import Beat
+
+LONG_AGO = timedelta(minutes=2)
+NOTHING_DUE = {"lost": 0, "unclaimed": 0, "unpublished": 0}
+USER, STOP = TerminationReason.USER, TerminationReason.STOP
+
+
+def silence_heartbeat(world: World, session_id: UUID) -> None:
+    """The row has not heard of its worker for long."""
+    world.change(session_id, heartbeat_at=now() - LONG_AGO)
+
+
+def silence_lease(world: World, session_id: UUID) -> None:
+    """Nor has Redis."""
+    world.redis.hincrby(state_key(session_id), "lease_us", -int(LONG_AGO.total_seconds() * 1e6))
+
+
+def lost(world: World, text: str = WORLD_TEXT) -> Worker:
+    """A worker that has written something and was then killed."""
+    worker = world.run()
+    worker.say("hm ", THINKING)
+    worker.say(text)
+    world.log.renew([(worker.session_id, worker.epoch)])
+    silence_heartbeat(world, worker.session_id)
+    silence_lease(world, worker.session_id)
+    return worker
+
+
+class TestALostWorker:
+    def test_its_session_is_released_and_queued(self, world: World) -> None:
+        worker = lost(world)
+        assert world.reaper.reap() == NOTHING_DUE | {"lost": 1}
+        row = world.row(worker.session_id)
+        assert (row.status, row.owner, row.epoch) == ("ACTIVE", None, 1)
+        assert row.enqueued_at is not None
+        assert world.queue.enqueued == [worker.session_id] * 2
+
+    def test_another_goes_on_in_the_same_log(self, world: World) -> None:
+        old = lost(world, "one ")
+        world.reaper.reap()
+        new = world.run(old.session_id, owner="worker@two")
+        assert (new.text, new.thinking_length) == ("hm one ", 3)
+        new.say("two")
+        assert new.end()
+        assert world.message(old.session_id).content == "one two"
+        assert old.say("ghost").verdict is Verdict.STALE
+
+    def test_a_second_pass_finds_nothing(self, world: World) -> None:
+        worker = lost(world)
+        world.reaper.reap()
+        assert world.reaper.reap() == NOTHING_DUE
+        assert world.queue.enqueued == [worker.session_id] * 2
+
+    def test_two_reapers_at_once_release_it_once(self, world: World) -> None:
+        workers = [lost(world) for _ in range(4)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: world.reaper.reap(), range(2)))
+        assert sorted(world.queue.enqueued) == sorted([worker.session_id for worker in workers] * 2)
+
+    def test_where_that_is_wanted_its_partial_is_kept(self, world_with: MakeWorld) -> None:
+        world = world_with(on_worker_lost="keep")
+        worker = lost(world)
+        assert world.reaper.reap()["lost"] == 1
+        row, message = world.row(worker.session_id), world.message(worker.session_id)
+        assert (row.status, row.reason) == ("ERROR", "worker_lost")
+        assert row.detail is not None
+        assert "lost" in row.detail
+        assert (message.thinking, message.content, message.status) == ("hm ", WORLD_TEXT, "ERROR")
+        assert world.dones(worker.session_id)[0].position == done_position(3 + len(WORLD_TEXT))
+        assert len(world.queue.enqueued) == 1
+
+    def test_the_last_attempt_is_kept_too(self, world_with: MakeWorld) -> None:
+        world = world_with(max_attempts=2)
+        first = lost(world, "one ")
+        world.reaper.reap()
+        second = world.run(first.session_id, owner="worker@two")
+        second.say("two")
+        silence_heartbeat(world, first.session_id)
+        silence_lease(world, first.session_id)
+        world.reaper.reap()
+        assert world.row(first.session_id).reason == "worker_lost"
+        assert world.message(first.session_id).content == "one two"
+
+    def test_where_redis_was_emptied_as_well_the_checkpoint_is_kept(self, world_with: MakeWorld) -> None:
+        world = world_with(on_worker_lost="keep")
+        worker = lost(world)
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT[:5], 3)])
+        silence_heartbeat(world, worker.session_id)
+        world.forget(worker.session_id)
+        world.reaper.reap()
+        assert world.message(worker.session_id).content == WORLD_TEXT[:5]
+        assert world.row(worker.session_id).thinking_length == 3
+
+
+class TestAStopThatAWorkerDidNotLiveToSee:
+    def test_the_fence_that_stands_is_the_ending(self, world: World) -> None:
+        worker = lost(world)
+        world.log.fence(worker.session_id, STOP)
+        world.reaper.reap()
+        assert world.row(worker.session_id).reason == "stop"
+        assert world.message(worker.session_id).content == WORLD_TEXT
+        assert len(world.queue.enqueued) == 1
+
+    def test_the_stop_on_record_is_the_ending(self, world: World) -> None:
+        worker = lost(world)
+        world.database.write(lambda s: rows.record_stop(s, worker.session_id, USER, "ada", now()))
+        world.reaper.reap()
+        row = world.row(worker.session_id)
+        assert (row.reason, row.stop_by, row.length) == ("user", "ada", len(WORLD_TEXT))
+        assert world.queries.receipt(worker.session_id).already_ended is False
+
+    def test_a_fence_comes_before_a_stop_on_record(self, world: World) -> None:
+        worker = lost(world)
+        worker.fence(STOP)
+        world.database.write(lambda s: rows.record_stop(s, worker.session_id, USER, "ada", now()))
+        world.reaper.reap()
+        assert world.row(worker.session_id).reason == "stop"
+        assert world.queries.view(worker.session_id).terminated_by is None
+
+    def test_a_stop_of_what_nobody_owns_takes_effect_at_the_next_pass(self, world: World) -> None:
+        session_id = world.start().session_id
+        world.database.write(lambda s: rows.record_stop(s, session_id, USER, "ada", now()))
+        world.reaper.reap()
+        assert world.row(session_id).reason == "user"
+
+
+class TestAWorkerThatIsNotLost:
+    def test_one_that_beats_and_renews(self, world: World) -> None:
+        worker = world.run()
+        world.log.renew([(worker.session_id, 1)])
+        assert world.reaper.reap() == NOTHING_DUE
+
+    def test_one_whose_database_is_slow(self, world: World) -> None:
+        worker = world.run()
+        silence_heartbeat(world, worker.session_id)
+        world.log.renew([(worker.session_id, 1)])
+        assert world.reaper.reap() == NOTHING_DUE
+        assert world.row(worker.session_id).owner == worker.owner
+
+    def test_one_whose_redis_was_emptied(self, world: World) -> None:
+        worker = lost(world)
+        world.forget(worker.session_id)
+        world.manager.beat([Beat(worker.session_id, 1, 0, "", 0)])
+        assert world.reaper.reap() == NOTHING_DUE
+
+    def test_while_redis_is_away_nobody_is(self, world: World, world_with: MakeWorld) -> None:
+        worker = lost(world)
+        assert world_with(redis_url=CLOSED_REDIS).reaper.reap()["lost"] == 0
+        assert world.row(worker.session_id).owner == worker.owner
+
+    def test_the_lease_is_as_long_as_it_is_set(self, world_with: MakeWorld) -> None:
+        worker = lost(world_with())
+        assert world_with(lease_seconds=600).reaper.reap()["lost"] == 0
+        assert world_with(lease_seconds=60).reaper.reap()["lost"] == 1
+        assert world_with().row(worker.session_id).owner is None
+
+    def test_one_that_has_ended(self, world: World) -> None:
+        worker = lost(world)
+        worker.end()
+        assert world.reaper.reap() == NOTHING_DUE
+
+
+class TestWhatNobodyClaims:
+    def queued_long_ago(self, world: World, seconds: float) -> UUID:
+        session_id = world.start().session_id
+        at = now() - timedelta(seconds=seconds)
+        world.change(session_id, enqueued_at=at, started_at=at)
+        return session_id
+
+    def test_it_is_left_in_the_queue_for_a_while(self, world: World) -> None:
+        self.queued_long_ago(world, recovery.ENQUEUE_BACKOFF_SECONDS - 5)
+        assert world.reaper.reap() == NOTHING_DUE
+        assert len(world.queue.enqueued) == 1
+
+    def test_and_then_queued_again_and_left_again(self, world: World) -> None:
+        session_id = self.queued_long_ago(world, recovery.ENQUEUE_BACKOFF_SECONDS + 1)
+        assert world.reaper.reap() == NOTHING_DUE | {"unclaimed": 1}
+        assert world.reaper.reap() == NOTHING_DUE
+        assert world.queue.enqueued == [session_id] * 2
+
+    def test_what_was_never_queued_is_queued_at_once(self, world: World) -> None:
+        session_id = world.start().session_id
+        world.change(session_id, enqueued_at=None)
+        assert world.reaper.reap()["unclaimed"] == 1
+        assert world.queue.enqueued == [session_id] * 2
+
+    def test_its_time_in_the_queue_is_limited(self, world_with: MakeWorld) -> None:
+        world = world_with(queue_timeout_seconds=60)
+        session_id = self.queued_long_ago(world, 61)
+        world.reaper.reap()
+        row = world.row(session_id)
+        assert (row.status, row.reason, row.length) == ("TERMINATED", "queue_timeout", 0)
+        assert world.dones(session_id)[0].position == done_position(0)
+        assert len(world.queue.enqueued) == 1
+
+    def test_a_short_limit_is_kept_too(self, world_with: MakeWorld) -> None:
+        """Also where it is shorter than the back-off."""
+        world = world_with(queue_timeout_seconds=2)
+        late, in_time = self.queued_long_ago(world, 3), self.queued_long_ago(world, 1)
+        world.reaper.reap()
+        assert world.row(late).reason == "queue_timeout"
+        assert world.row(in_time).status == StreamStatus.ACTIVE
+
+    def test_a_limit_that_others_queueing_again_has_moved_is_kept(self, world_with: MakeWorld) -> None:
+        """It counts from the start, not from the last entry in the queue."""
+        world = world_with(queue_timeout_seconds=60)
+        session_id = self.queued_long_ago(world, 61)
+        world.manager.requeue(session_id)
+        world.reaper.reap()
+        assert world.row(session_id).reason == "queue_timeout"
+
+    def test_what_a_worker_had_begun_is_not_limited(self, world_with: MakeWorld) -> None:
+        """Its text was seen: it waits for another worker, and is not thrown away."""
+        world = world_with(queue_timeout_seconds=60)
+        worker = lost(world)
+        world.reaper.reap()
+        at = now() - timedelta(seconds=120)
+        world.change(worker.session_id, started_at=at, enqueued_at=at)
+        assert world.reaper.reap()["unclaimed"] == 1
+        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+
+
+class TestAnEndingWithoutDone:
+    @pytest.fixture
+    def unpublished(self, world: World) -> UUID:
+        """Committed long ago by somebody who died before `done`."""
+        worker = world.run()
+        worker.say(WORLD_TEXT)
+        fence = worker.fence(STOP)
+        outcome = Outcome(fence, worker.text, 0, world.queries.view(worker.session_id).phase, now())
+        row = world.row(worker.session_id)
+        ending = rows.Ending(STOP, outcome.text, 0, "0" * 64, now(), now() - LONG_AGO)
+        assert world.database.write(lambda s: rows.commit(s, row, ending))
+        assert world.dones(worker.session_id) == []
+        return worker.session_id
+
+    def test_done_is_put_in_the_log_and_noted(self, world: World, unpublished: UUID) -> None:
+        assert world.reaper.reap() == NOTHING_DUE | {"unpublished": 1}
+        assert world.row(unpublished).published_at is not None
+        assert [done.position for done in world.dones(unpublished)] == [done_position(len(WORLD_TEXT))]
+        assert 0 < world.redis.ttl(state_key(unpublished)) <= world.settings.log_retention_seconds
+        assert world.reaper.reap() == NOTHING_DUE
+
+    def test_done_that_was_there_and_not_noted_is_not_doubled(self, world: World, unpublished: UUID) -> None:
+        world.manager.publish(unpublished)
+        world.change(unpublished, published_at=None)
+        assert world.reaper.reap()["unpublished"] == 1
+        assert len(world.dones(unpublished)) == 1
+
+    def test_where_the_log_is_gone_it_is_noted(self, world: World, unpublished: UUID) -> None:
+        world.forget(unpublished)
+        assert world.reaper.reap()["unpublished"] == 1
+        assert world.row(unpublished).published_at is not None
+        assert world.reaper.reap() == NOTHING_DUE
+
+    def test_whoever_committed_gets_a_moment(self, world: World, unpublished: UUID) -> None:
+        world.change(unpublished, ended_at=now())
+        assert world.reaper.reap() == NOTHING_DUE
+
+    def test_without_redis_it_stays_due(self, world: World, world_with: MakeWorld, unpublished: UUID) -> None:
+        assert world_with(redis_url=CLOSED_REDIS).reaper.reap()["unpublished"] == 0
+        assert world.reaper.reap()["unpublished"] == 1
+
+
+class TestTheReaperItself:
+    def test_with_nothing_due_it_writes_nothing(self, world: World) -> None:
+        worker = world.run()
+        world.start()
+        before = world.redis.info("stats")["total_error_replies"]
+        assert world.reaper.reap() == NOTHING_DUE
+        assert world.redis.info("stats")["total_error_replies"] == before
+        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+
+    def test_one_sessions_trouble_is_its_own(self, world: World) -> None:
+        workers = [lost(world) for _ in range(3)]
+        broken, *others = sorted(workers, key=lambda worker: worker.session_id)
+        world.redis.delete(state_key(broken.session_id))
+        world.redis.set(state_key(broken.session_id), "not a hash")
+        assert world.reaper.reap()["lost"] == 2
+        assert all(world.row(worker.session_id).owner is None for worker in others)
+
+    def test_a_broker_that_is_down_loses_nothing(self, world: World) -> None:
+        worker = lost(world)
+        world.queue.broken = True
+        world.reaper.reap()
+        world.queue.broken = False
+        world.change(worker.session_id, enqueued_at=now() - LONG_AGO)
+        world.reaper.reap()
+        assert world.queue.enqueued == [worker.session_id] * 2
+
+    def test_one_kind_does_not_starve_another(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(recovery, "REAP_BATCH", 2)
+        for _ in range(3):
+            lost(world)
+        queued = world.start().session_id
+        world.change(queued, enqueued_at=now() - LONG_AGO)
+        assert world.reaper.reap() == {"lost": 2, "unclaimed": 1, "unpublished": 0}
+        assert world.reaper.reap()["lost"] == 1
+
+    @pytest.mark.parametrize("unknown", ["publish", "settle"])
+    def test_a_row_that_has_gone_meanwhile_is_an_error_of_its_own(self, world: World, unknown: str) -> None:
+        actions: dict[str, Callable[[UUID], None]] = {
+            "publish": world.manager.publish,
+            "settle": lambda session_id: world.manager.settle(session_id, USER),
+        }
+        with pytest.raises(Exception, match="no stream"):
+            actions[unknown](new_id())
+        assert Answer(Verdict.ABSENT).ok is False
