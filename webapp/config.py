@@ -103,7 +103,7 @@ class Settings(BaseSettings):
 
     # Flower
     flower_port: int = Field(5555, ge=0, le=65535, description="port of Flower")
-    flower_basic_auth: str = Field("", description="USER:PASSWORD for Flower; empty: made by `up`")
+    flower_basic_auth: str = Field("", description="USER:PASSWORD for Flower; empty: made once by `sluicegate flower`")
 
     # Logs
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
@@ -216,4 +216,6 @@ def load_settings(**overrides: Any) -> Settings:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else "settings"
         variable = Settings.variable_of(field) if field in Settings.model_fields else field
-        raise ConfigurationError(f"{variable}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})") from None
+        raise ConfigurationError(
+            f"{variable}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})"
+        ) from None

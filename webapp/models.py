@@ -113,6 +113,18 @@ class User(db.Model):  # type: ignore[name-defined]
     disabled_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
+class IdempotencyKey(db.Model):  # type: ignore[name-defined]
+    """A client's name for a request, so that its repetition is known; the session may go before it."""
+
+    __tablename__ = "idempotency_keys"
+
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[UUID] = mapped_column(Uuid)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=now, index=True)
+
+
 class SignInToken(db.Model):  # type: ignore[name-defined]
     """A token for one sign-in at the page; kept as its hash."""
 
@@ -209,7 +221,7 @@ class StreamSession(db.Model):  # type: ignore[name-defined]
     epoch: Mapped[int] = mapped_column(Integer, default=0)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     owner: Mapped[str | None] = mapped_column(String(200))
-    enqueued_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    requeue_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     claimed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     heartbeat_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
@@ -244,7 +256,7 @@ class StreamSession(db.Model):  # type: ignore[name-defined]
         Index("uq_stream_sessions_active_conversation", "conversation_id", unique=True, **_ACTIVE),
         Index("ix_stream_sessions_active_user", "user_id", "id", **_ACTIVE),
         Index("ix_stream_sessions_active_heartbeat", "heartbeat_at", **_ACTIVE),
-        Index("ix_stream_sessions_active_unclaimed", "enqueued_at", **_ACTIVE),
+        Index("ix_stream_sessions_active_unclaimed", "requeue_at", **_ACTIVE),
         Index("ix_stream_sessions_unpublished", "ended_at", sqlite_where=_UNPUBLISHED, postgresql_where=_UNPUBLISHED),
         Index(None, "conversation_id", "id"),
         Index(None, "user_id", "id"),

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import kombu.utils.functional
-from celery.signals import setup_logging, worker_ready, worker_shutting_down
+from celery.signals import setup_logging, task_revoked, worker_ready, worker_shutting_down
 
 from webapp.config import load_settings
 from webapp.logs import configure_logs
@@ -44,4 +44,8 @@ def _prepare(sender: Any, **_: object) -> None:
     def on_shutting_down(**_: object) -> None:
         gevent.spawn(drain)  # this runs inside gevent's hub, where nothing may block
 
+    def on_revoked(request: Any, **_: object) -> None:
+        gevent.spawn(runtime().on_revoked, request.id)
+
     worker_shutting_down.connect(on_shutting_down, weak=False)
+    task_revoked.connect(on_revoked, weak=False)

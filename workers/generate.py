@@ -210,7 +210,7 @@ class Generation:
         if self._stop is None:
             self._mark(StreamPhase.LOADING)
             self._reader = gevent.spawn(self._read, self._request(assignment))
-            self._watch()
+            self._watch(assignment.claimed_at)
         self._close_upstream()
 
     def _request(self, assignment: Assignment) -> ChatRequest:
@@ -251,19 +251,20 @@ class Generation:
         self._marks.append(Mark(self.session_id, self.epoch, phase, self._attempt))
         self._ports.flusher.submit(self)
 
-    def _watch(self) -> None:
-        """Wait for the end, or for the first time-out that is due."""
+    def _watch(self, claimed_at: datetime) -> None:
+        """Wait for the end, or for the first time-out that is due; the longest duration is that of all attempts."""
         started_at = time.monotonic()
+        end_at = started_at + self._ports.settings.max_duration_seconds - (now() - claimed_at).total_seconds()
         while self._stop is None:
-            reason, due_at = self._next_timeout(started_at)
+            reason, due_at = self._next_timeout(started_at, end_at)
             if (left := due_at - time.monotonic()) <= 0:
                 self._end(Stop(reason, natural=True))
             else:
                 self._wake.wait(left)
 
-    def _next_timeout(self, started_at: float) -> tuple[TerminationReason, float]:
+    def _next_timeout(self, started_at: float, end_at: float) -> tuple[TerminationReason, float]:
         settings = self._ports.settings
-        whole = (TerminationReason.MAX_DURATION, started_at + settings.max_duration_seconds)
+        whole = (TerminationReason.MAX_DURATION, end_at)
         if self._last_token_at is None:
             silence = (TerminationReason.FIRST_TOKEN_TIMEOUT, started_at + settings.first_token_timeout_seconds)
         else:

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from webapp.app import Services, make_services
 from webapp.config import load_settings
+from webapp.errors import NotFound, Unavailable
 from webapp.streams.lifecycle import TerminationReason
 from workers.flusher import Flusher, keep_running
 from workers.generate import Generation, Ports
@@ -103,6 +104,19 @@ class Runtime:
         while self.table:
             gevent.sleep(DRAIN_POLL_SECONDS)
         log.info("worker.drained")
+
+    def on_revoked(self, task_id: str) -> None:
+        """Celery has dropped or killed a task: its session ends as `revoked`, unless it has ended already.
+
+        One that runs here is told by its greenlet's death.
+        """
+        session_id = UUID(task_id)
+        if session_id in self.table:
+            return
+        try:
+            self._ports.manager.terminate(session_id, TerminationReason.REVOKED)
+        except (NotFound, Unavailable) as error:
+            log.warning("worker.revoked_not_ended", session_id=task_id, error=error.detail)
 
     def stop(self, session_id: UUID, reason: TerminationReason) -> bool:
         """Stop a session that runs here; returns whether one does. Does not block."""

@@ -93,6 +93,20 @@ def upgrade() -> None:
     op.create_index("ix_messages_replaced_by_id", "messages", ["replaced_by_id"])
 
     op.create_table(
+        "idempotency_keys",
+        sa.Column("user_id", sa.Uuid(), nullable=False),
+        sa.Column("key", sa.String(length=255), nullable=False),
+        sa.Column("body_sha256", sa.String(length=64), nullable=False),
+        sa.Column("session_id", sa.Uuid(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["user_id"], ["users.id"], name="fk_idempotency_keys_user_id_users", ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("user_id", "key", name="pk_idempotency_keys"),
+    )
+    op.create_index("ix_idempotency_keys_created_at", "idempotency_keys", ["created_at"])
+
+    op.create_table(
         "sign_in_tokens",
         sa.Column("token_hash", sa.String(length=64), nullable=False),
         sa.Column("user_id", sa.Uuid(), nullable=False),
@@ -121,7 +135,7 @@ def upgrade() -> None:
         sa.Column("epoch", sa.Integer(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("owner", sa.String(length=200), nullable=True),
-        sa.Column("enqueued_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("requeue_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("claimed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("heartbeat_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("checkpoint", sa.Text(), nullable=False),
@@ -175,7 +189,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_stream_sessions_active_unclaimed",
         "stream_sessions",
-        ["enqueued_at"],
+        ["requeue_at"],
         sqlite_where=sa.text("status = 'ACTIVE'"),
         postgresql_where=sa.text("status = 'ACTIVE'"),
     )
@@ -209,6 +223,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("stream_sessions")
     op.drop_table("sign_in_tokens")
+    op.drop_table("idempotency_keys")
     op.drop_table("messages")
     op.drop_table("conversation_members")
     op.drop_table("users")

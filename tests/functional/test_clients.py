@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -201,3 +202,29 @@ def test_one_active_stream_a_conversation(stack: Stack, client: Client) -> None:
     accepted = next(one for one in outcomes if not isinstance(one, ApiError))
     answer = client.request("GET", f"/api/streams/{accepted['sessionId']}")
     assert answer.status_code == 404
+
+
+class TestAnIdempotencyKey:
+    """A client that got no answer may ask again."""
+
+    def test_a_repeated_request(self, stack: Stack, client: Client) -> None:
+        first = client.post_message("once", model="pace=50,tokens=100", idempotency_key="k1")
+        again = client.post_message("once", model="pace=50,tokens=100", idempotency_key="k1")
+        assert again["sessionId"] == first["sessionId"]
+        assert len(client.messages(first["conversationId"])) == 2
+        client.terminate(first["sessionId"])
+        after = client.post_message("once", model="pace=50,tokens=100", idempotency_key="k1")
+        assert (after["sessionId"], after["status"]) == (first["sessionId"], "TERMINATED")
+        with pytest.raises(ApiError) as refused:
+            client.post_message("twice", model="pace=50,tokens=100", idempotency_key="k1")
+        assert (refused.value.status, refused.value.code) == (422, "invalid")
+
+    def test_twins(self, stack: Stack, client: Client) -> None:
+        """The same request twenty times at once begins one session; another user's key is another key."""
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(
+                pool.map(lambda _: client.post_message("me", model="tokens=3", idempotency_key="k2"), range(20))
+            )
+        assert len({answer["sessionId"] for answer in answers}) == 1
+        other = stack.client(stack.user("somebody"))
+        assert other.post_message("me", model="tokens=3", idempotency_key="k2")["sessionId"] != answers[0]["sessionId"]

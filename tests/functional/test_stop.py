@@ -22,6 +22,11 @@ PROMPT_SECONDS = 1.0
 TERMINATORS = 50
 
 
+@pytest.fixture(scope="module", params=["postgresql", "sqlite"])
+def stack_database(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def terminate_promptly(client: Client, session: dict[str, Any]) -> dict[str, Any]:
     """The receipt, which came promptly."""
     began = time.monotonic()
@@ -238,3 +243,19 @@ class TestOtherWays:
         assert_one_text(stack, client, session, receipt, [reader])
         assert_freed(upstream, model)
         stack.worker.wait_for_log("stream.terminated")
+
+    def test_celery_revoke_of_a_queued_task(
+        self, stack: Stack, client: Client, upstream: UpstreamProcess, celery_setup: CeleryTestSetup
+    ) -> None:
+        """The worker drops the message when it meets it, and ends the session."""
+        stack.worker.container.process.kill()
+        stack.start_worker(concurrency=1)
+        running = client.post_message("go on", model="name=running,pace=20,tokens=100000")
+        in_phase(client, running, "GENERATING")
+        queued = client.post_message("and I?", model="name=queued")
+        reader = client.follow(queued["sessionId"])
+        app: Celery = celery_setup.app
+        app.control.revoke(queued["sessionId"])
+        client.terminate(running["sessionId"])
+        assert reader.wait_until_done()["reason"] == "revoked"
+        assert [one.model for one in upstream.requests() if "queued" in one.model] == []

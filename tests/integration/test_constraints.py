@@ -245,8 +245,8 @@ class TestNames:
 class TestValues:
     def test_a_moment_is_the_same_again_wherever_it_was_taken(self, world: World, session_id: UUID) -> None:
         moment = datetime(2026, 3, 29, 3, 30, 0, 123456, tzinfo=timezone(timedelta(hours=5, minutes=45)))
-        world.change(session_id, enqueued_at=moment)
-        read = world.row(session_id).enqueued_at
+        world.change(session_id, requeue_at=moment)
+        read = world.row(session_id).requeue_at
         assert read == moment
         assert read is not None
         assert read.utcoffset() == timedelta(0)
@@ -254,10 +254,10 @@ class TestValues:
     def test_moments_compare_in_the_database_as_they_do_here(self, world: World, session_id: UUID) -> None:
         zones = [timezone(timedelta(hours=hours)) for hours in (-11, 0, 14)]
         for zone in zones:
-            world.change(session_id, enqueued_at=datetime(2026, 1, 1, 12, tzinfo=UTC).astimezone(zone))
+            world.change(session_id, requeue_at=datetime(2026, 1, 1, 12, tzinfo=UTC).astimezone(zone))
             for other in zones:
                 before = datetime(2026, 1, 1, 12, 0, 1, tzinfo=UTC).astimezone(other)
-                query = select(func.count()).where(StreamSession.enqueued_at < before)
+                query = select(func.count()).where(StreamSession.requeue_at < before)
                 assert world.database.read(lambda s, q=query: s.scalar(q)) == 1
 
     def test_any_text_comes_back_as_it_was(self, world: World, session_id: UUID) -> None:

@@ -57,7 +57,7 @@ class TestStart:
         row = world.row(view.session_id)
         assert (row.epoch, row.owner, row.model, row.options, row.think) == (0, None, "a-model", {"seed": 7}, "low")
         assert row.on_disconnect == "terminate"
-        assert row.enqueued_at is not None
+        assert row.requeue_at is not None
         assert world.queue.enqueued == [view.session_id]
         assert world.counts() == Counter(
             users=1, conversations=1, conversation_members=1, messages=2, stream_sessions=1, sign_in_tokens=0
@@ -102,7 +102,7 @@ class TestStart:
         view = world.start()
         world.queue.broken = False
         assert view.active
-        world.change(view.session_id, enqueued_at=now() - timedelta(minutes=1))
+        world.change(view.session_id, requeue_at=now() - timedelta(minutes=1))
         assert world.reaper.reap()["unclaimed"] == 1
         assert world.queue.enqueued == [view.session_id]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from uuid import UUID
@@ -11,12 +10,12 @@ import pytest
 
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
-from webapp.models import new_id, now
+from webapp.models import StreamSession, now
 from webapp.streams import recovery, rows
 from webapp.streams.events import THINKING, done_position
 from webapp.streams.keys import state_key
 from webapp.streams.lifecycle import StreamStatus, TerminationReason
-from webapp.streams.log import Answer, Verdict
+from webapp.streams.log import Verdict
 from webapp.streams.ports import Outcome
 from webapp.streams.rows import Beat
 
@@ -52,7 +51,7 @@ class TestALostWorker:
         assert world.reaper.reap() == NOTHING_DUE | {"lost": 1}
         row = world.row(worker.session_id)
         assert (row.status, row.owner, row.epoch) == ("ACTIVE", None, 1)
-        assert row.enqueued_at is not None
+        assert row.requeue_at is not None
         assert world.queue.enqueued == [worker.session_id] * 2
 
     def test_another_goes_on_in_the_same_log(self, world: World) -> None:
@@ -174,6 +173,40 @@ class TestAWorkerThatIsNotLost:
         assert world_with(lease_seconds=60).reaper.reap()["lost"] == 1
         assert world_with().row(worker.session_id).owner is None
 
+    @pytest.mark.parametrize("on_worker_lost", ["continue", "keep"])
+    def test_one_that_is_heard_of_after_it_was_looked_at(
+        self, world_with: MakeWorld, monkeypatch: pytest.MonkeyPatch, on_worker_lost: str
+    ) -> None:
+        world = world_with(on_worker_lost=on_worker_lost)
+        worker = lost(world)
+        looked_at = world.reaper._is_lost
+
+        def heard_of(row: StreamSession) -> bool:
+            found = looked_at(row)
+            world.manager.beat([Beat(worker.session_id, 1, 0, "", 0)])
+            return found
+
+        monkeypatch.setattr(world.reaper, "_is_lost", heard_of)
+        world.reaper.reap()
+        assert world.row(worker.session_id).owner == worker.owner
+
+    def test_one_that_took_over_after_another_was_looked_at(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As when two reapers find the same."""
+        old = lost(world)
+        looked_at = world.reaper._is_lost
+
+        def taken_over(row: StreamSession) -> bool:
+            found = looked_at(row)
+            world.manager.give_up(old.session_id, 1)
+            world.run(old.session_id, owner="worker@two")
+            return found
+
+        monkeypatch.setattr(world.reaper, "_is_lost", taken_over)
+        world.reaper.reap()
+        assert world.row(old.session_id).owner == "worker@two"
+
     def test_one_that_has_ended(self, world: World) -> None:
         worker = lost(world)
         worker.end()
@@ -184,7 +217,7 @@ class TestWhatNobodyClaims:
     def queued_long_ago(self, world: World, seconds: float) -> UUID:
         session_id = world.start().session_id
         at = now() - timedelta(seconds=seconds)
-        world.change(session_id, enqueued_at=at, started_at=at)
+        world.change(session_id, requeue_at=at, started_at=at)
         return session_id
 
     def test_it_is_left_in_the_queue_for_a_while(self, world: World) -> None:
@@ -200,7 +233,7 @@ class TestWhatNobodyClaims:
 
     def test_what_was_never_queued_is_queued_at_once(self, world: World) -> None:
         session_id = world.start().session_id
-        world.change(session_id, enqueued_at=None)
+        world.change(session_id, requeue_at=None)
         assert world.reaper.reap()["unclaimed"] == 1
         assert world.queue.enqueued == [session_id] * 2
 
@@ -235,7 +268,7 @@ class TestWhatNobodyClaims:
         worker = lost(world)
         world.reaper.reap()
         at = now() - timedelta(seconds=120)
-        world.change(worker.session_id, started_at=at, enqueued_at=at)
+        world.change(worker.session_id, started_at=at, requeue_at=at)
         assert world.reaper.reap()["unclaimed"] == 1
         assert world.row(worker.session_id).status == StreamStatus.ACTIVE
 
@@ -304,7 +337,7 @@ class TestTheReaperItself:
         world.queue.broken = True
         world.reaper.reap()
         world.queue.broken = False
-        world.change(worker.session_id, enqueued_at=now() - LONG_AGO)
+        world.change(worker.session_id, requeue_at=now() - LONG_AGO)
         world.reaper.reap()
         assert world.queue.enqueued == [worker.session_id] * 2
 
@@ -313,16 +346,6 @@ class TestTheReaperItself:
         for _ in range(3):
             lost(world)
         queued = world.start().session_id
-        world.change(queued, enqueued_at=now() - LONG_AGO)
+        world.change(queued, requeue_at=now() - LONG_AGO)
         assert world.reaper.reap() == {"lost": 2, "unclaimed": 1, "unpublished": 0}
         assert world.reaper.reap()["lost"] == 1
-
-    @pytest.mark.parametrize("unknown", ["publish", "settle"])
-    def test_a_row_that_has_gone_meanwhile_is_an_error_of_its_own(self, world: World, unknown: str) -> None:
-        actions: dict[str, Callable[[UUID], None]] = {
-            "publish": world.manager.publish,
-            "settle": lambda session_id: world.manager.settle(session_id, USER),
-        }
-        with pytest.raises(Exception, match="no stream"):
-            actions[unknown](new_id())
-        assert Answer(Verdict.ABSENT).ok is False

@@ -12,13 +12,12 @@ def users() -> None:
 
 @users.command()
 @click.argument("name")
-@click.option("--operator", is_flag=True, help="The user may see and stop everyone's streams.")
-def create(name: str, operator: bool) -> None:
+def create(name: str) -> None:
     """Create the user NAME and print the API token, which is shown only now."""
     from webapp.cli.services import open_accounts
 
     with open_accounts() as accounts:
-        token = accounts.create_user(name, operator=operator)
+        token = accounts.create_user(name)
     click.echo(f"API token of {name}, shown only now: {token}")
 
 

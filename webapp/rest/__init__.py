@@ -6,6 +6,7 @@ from typing import Any
 
 from apiflask import APIFlask
 from flask import Request, request
+from werkzeug.exceptions import BadRequest
 
 from webapp import auth
 from webapp.config import Settings
@@ -49,5 +50,9 @@ def _require_json() -> None:
         return
     if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise UnsupportedMediaType("Send the body with Content-Type: application/json")
-    if not isinstance(request.get_json(force=True), dict):
+    try:
+        body = request.get_json(force=True)
+    except BadRequest:
+        raise NotJSON("The body is not JSON: send a JSON object") from None
+    if not isinstance(body, dict):
         raise NotJSON("The body must be a JSON object")

@@ -76,8 +76,6 @@ def _http(error: HTTPException) -> Response:
     if error.code is not None and error.code < 400:
         return error.get_response()  # type: ignore[return-value]
     kind = _BY_STATUS.get(error.code or 500, SluicegateError)
-    if error.code == 400 and "JSON" in (error.description or ""):
-        kind = errors.NotJSON
     response = problem(kind(error.description))
     if error.code == 405:
         response.headers["Allow"] = dict(error.get_headers()).get("Allow", "")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from typing import Any, cast
 from uuid import UUID
 
+import orjson
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 
 from webapp import auth
 from webapp.auth import Action
-from webapp.errors import ConversationBusy, NotFound, TooLarge
+from webapp.errors import ConversationBusy, Invalid, NotFound, TooLarge
 from webapp.rest.openapi import EVENT_STREAM, described, problems
 from webapp.rest.schemas import NewMessageBody, StreamFilter, TerminateBody
 from webapp.rest.sse import requested_cursor, stream_response
 from webapp.streams.lifecycle import TerminationReason
-from webapp.streams.ports import NewMessage
+from webapp.streams.ports import NewMessage, RequestKey
 from webapp.views import ReceiptView, SessionView, camel_case
 
 streams = APIBlueprint("streams", __name__, url_prefix="/api", tag="Streams")
@@ -37,9 +39,7 @@ def stream_message(body: NewMessageBody) -> ResponseReturnValue:
     With `Accept: application/json` the answer is 202 with the session's ids; otherwise this very response is the
     stream.
     """
-    services = current_app.extensions["sluicegate"]
-    _check_length(body.content, services.settings.message_limit_characters)
-    session = _start(body)
+    session = _start(body, _request_key())
     if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) != "application/json":
         return stream_response(session)
     answer = {name: session.as_dict()[name] for name in ("sessionId", "conversationId", "messageId", "status")}
@@ -52,9 +52,24 @@ def stream_message(body: NewMessageBody) -> ResponseReturnValue:
     return jsonify(answer), 202, headers
 
 
-def _start(body: NewMessageBody) -> SessionView:
+def _request_key() -> RequestKey | None:
+    """The Idempotency-Key header, which lets a client repeat a request whose answer it did not get."""
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= 255 or not key.isprintable():
+        problem = "must have 1 to 255 printable characters"
+        raise Invalid(f"Idempotency-Key {problem}", errors=[{"field": "Idempotency-Key", "message": problem}])
+    body = orjson.dumps(request.get_json(), option=orjson.OPT_SORT_KEYS)
+    return RequestKey(auth.require_user().id, key, hashlib.sha256(body).hexdigest())
+
+
+def _start(body: NewMessageBody, key: RequestKey | None) -> SessionView:
     services = current_app.extensions["sluicegate"]
+    if key is not None and (same := services.manager.repeated(key)):
+        return cast(SessionView, same)
     user = auth.require_user()
+    _check_length(body.content, services.settings.message_limit_characters)
     if body.conversation_id is not None:
         auth.require(body.conversation_id, Action.SEND)
     new = NewMessage(
@@ -66,6 +81,7 @@ def _start(body: NewMessageBody) -> SessionView:
         think=body.think,
         keep_alive=body.keep_alive or services.settings.keep_alive or None,
         on_disconnect=body.on_disconnect,
+        request_key=key,
     )
     try:
         return services.manager.start(new)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 from uuid import UUID, uuid4
@@ -56,7 +57,8 @@ class Signal(Enum):
 class Subscription:
     """One follower's entries, in order, from the position at which it was attached."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, *, viewer: bool = True) -> None:
+        self.viewer = viewer
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
         self._items: deque[Delivery] = deque()
@@ -86,7 +88,11 @@ class Subscription:
         if not self._items and self._signal is None:
             self._ready.wait(timeout_seconds)
         self._ready.clear()
-        items, self._items, self._held_bytes = list(self._items), deque(), 0
+        items: list[Delivery] = []
+        with suppress(IndexError):  # one by one, for another thread may put at any point
+            while True:
+                items.append(self._items.popleft())
+        self._held_bytes = 0
         return items, self._signal
 
 
@@ -131,14 +137,14 @@ class StreamHub:
 
     # -- followers -----------------------------------------------------------------------------
 
-    def attach(self, session_id: UUID, last: Position) -> tuple[Subscription, Position]:
-        """Begin to receive a session's entries.
+    def attach(self, session_id: UUID, last: Position, *, viewer: bool = True) -> tuple[Subscription, Position]:
+        """Begin to receive a session's entries; `viewer`: whether this counts as somebody watching.
 
         Returns the subscription, and the position after which it delivers: what lies between `last` and that
         the caller reads from the log.
         """
         self._start()
-        subscription = Subscription(self._buffer_bytes)
+        subscription = Subscription(self._buffer_bytes, viewer=viewer)
         with self._lock:
             channel = self._channels.get(session_id)
             fresh = channel is None
@@ -167,15 +173,19 @@ class StreamHub:
     def wait_done(self, session_id: UUID, timeout_seconds: float) -> bool:
         """Block until a session's `done` is in its log; False where it does not come in time."""
         deadline = time.monotonic() + timeout_seconds
-        subscription, _ = self.attach(session_id, self._log.last_position(session_id) or START)
+        subscription, _ = self.attach(session_id, self._log.last_position(session_id) or START, viewer=False)
         try:
             last = self._log.last_position(session_id)
             if last is not None and last.seq == DONE_SEQ:
                 return True
             while (left := deadline - time.monotonic()) > 0:
                 items, signal = subscription.take(left)
-                if any(item.entry.position.seq == DONE_SEQ for item in items) or signal is not None:
-                    return signal is None or signal is Signal.ENDED
+                if signal is Signal.CLOSED:
+                    return self._log.wait_done(session_id, left)  # the process stops, and its hub already has
+                if any(item.entry.position.seq == DONE_SEQ for item in items) or signal is Signal.ENDED:
+                    return True
+                if signal is Signal.BEHIND:
+                    return False
             return False
         finally:
             self.detach(session_id, subscription)
@@ -252,14 +262,11 @@ class StreamHub:
             elif (channel := self._by_key.get(key)) is asked[key] and channel is not None:
                 self._deliver(channel, entries)  # one that was made anew meanwhile begins elsewhere
 
-    def _deliver(self, channel: _Channel, entries: Iterable[Any]) -> None:
+    def _deliver(self, channel: _Channel, entries: Sequence[Any]) -> None:
         channel.heard_at = time.monotonic()
-        deliveries = []
-        for entry_id, fields in entries:
-            entry = LogEntry.from_redis(entry_id, fields)
-            deliveries.append(Delivery(entry, entry.encode()))
+        deliveries = [one for entry_id, fields in entries if (one := _decode(channel.session_id, entry_id, fields))]
         with self._lock:  # a follower that attaches now begins after these
-            channel.last = deliveries[-1].entry.position
+            channel.last = Position.parse(entries[-1][0].decode())
             subscriptions = list(channel.subscriptions)
         for subscription in subscriptions:
             for delivery in deliveries:
@@ -285,9 +292,19 @@ class StreamHub:
         pipe = self._redis.pipeline(transaction=False)
         for channel in channels:
             key = viewers_key(channel.session_id)
-            pipe.hset(key, self._id, f"{len(channel.subscriptions)}:{time.time():.0f}")
+            pipe.hset(key, self._id, f"{sum(one.viewer for one in channel.subscriptions)}:{time.time():.0f}")
             pipe.expire(key, VIEWERS_TTL_SECONDS)
         pipe.execute()
+
+
+def _decode(session_id: UUID, entry_id: bytes, fields: dict[bytes, bytes]) -> Delivery | None:
+    """None for what this version cannot read: the other streams of the same answer must not wait for it."""
+    try:
+        entry = LogEntry.from_redis(entry_id, fields)
+        return Delivery(entry, entry.encode())
+    except (KeyError, ValueError):
+        log.exception("hub.entry_unreadable", session_id=str(session_id), entry_id=entry_id.decode())
+        return None
 
 
 def _count(report: bytes, oldest: float) -> int:

@@ -6,6 +6,7 @@
 | `sg:{SESSION}:log` | stream: the token log, an entry an event | as its state | the Lua verbs alone |
 | `sg:{SESSION}:viewers` | hash: hub -> `COUNT:UNIX_SECONDS` of its last report | half a minute | hub |
 | `sg:workers` | sorted set: worker's node name by Unix seconds when it was last alive | a minute | workers |
+| `sg:reaper` | string: held while a pass of the reaper runs | ten seconds | reaper |
 | `sg:hub:HUB:wake` | stream of one entry: wakes a hub's blocking read | a minute | hub |
 
 A state holds `epoch`, `owner`, `end` and `tlen` (code points of text, and of thinking), `seq` (of the last event
@@ -46,4 +47,5 @@ def _key(session_id: UUID, part: str) -> str:
     return f"{_PREFIX}:{{{session_id}}}:{part}"
 
 
+REAPER_KEY = f"{_PREFIX}:reaper"
 WORKERS_KEY = f"{_PREFIX}:workers"

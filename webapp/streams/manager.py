@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 from uuid import UUID
 
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from webapp.config import Settings
 from webapp.database import Database
-from webapp.errors import ConversationBusy, TooManyStreams, Unavailable
+from webapp.errors import ConversationBusy, Invalid, TooManyStreams, Unavailable
 from webapp.models import (
     Conversation,
     Member,
@@ -37,12 +37,14 @@ from webapp.models import (
 from webapp.streams import rows
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import Answer, TokenLog, Verdict
-from webapp.streams.ports import Assignment, NewMessage, Outcome, TaskQueue
+from webapp.streams.ports import Assignment, NewMessage, Outcome, RequestKey, TaskQueue
 from webapp.streams.queries import SessionQueries, done_data, session_view, terminated_by
 from webapp.views import ReceiptView, SessionView
 
 log = structlog.get_logger(__name__)
 
+REQUEUE_FIRST: Final = timedelta(seconds=15)
+"""After which a session that nobody has claimed is queued again; then after twice as long, and so on."""
 WITHOUT_REDIS_WAIT_SECONDS: Final = 10.0
 """That a terminate call waits for the worker's commit while Redis cannot be reached."""
 
@@ -80,11 +82,27 @@ class StreamSessionManager:
         try:
             row = self._database.write(lambda s: self._insert(s, new))
         except IntegrityError as error:
+            if new.request_key and (same := self.repeated(new.request_key)):
+                return same  # its twin was quicker
             raise self._why_refused(new, error) from error
         # From here on the message is accepted: what fails now is made good by the reaper.
         self._try("open", lambda: self._log.open(row.id, 0), row.id)
         self._enqueue(row.id)
         return session_view(row)
+
+    def repeated(self, request: RequestKey) -> SessionView | None:
+        """The session that an earlier request with the same key began, if there was one.
+
+        Raises:
+            Invalid: that request had another body.
+        """
+        found = self._database.read(lambda s: rows.remembered_request(s, request, now()))
+        if found is None:
+            return None
+        if found.body_sha256 != request.body_sha256:
+            problem = "was sent before, with another body: a new request needs a key of its own"
+            raise Invalid(f"Idempotency-Key {problem}", errors=[{"field": "Idempotency-Key", "message": problem}])
+        return self._queries.view(found.session_id)
 
     def _require_redis(self) -> None:
         try:
@@ -103,6 +121,7 @@ class StreamSessionManager:
             )
         if settings.max_queued_streams and rows.queue_length(s) >= settings.max_queued_streams:
             raise Unavailable("The queue is full; try again", retry_after_seconds=10)
+        moment = now()
         conversation_id = new.conversation_id or self._insert_conversation(s, new)
         question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
         answer = Message(
@@ -122,12 +141,15 @@ class StreamSessionManager:
             think=new.think,
             keep_alive=new.keep_alive,
             on_disconnect=new.on_disconnect,
-            enqueued_at=now(),
+            started_at=moment,
+            requeue_at=self._look_again_at(moment, since=moment),
         )
         answer.session_id = row.id
         s.add_all([question, answer])
         s.flush()
         s.add(row)
+        if new.request_key:
+            rows.remember_request(s, new.request_key, row.id, moment)
         s.flush()
         return row
 
@@ -195,6 +217,7 @@ class StreamSessionManager:
             keep_alive=row.keep_alive,
             checkpoint=row.checkpoint,
             checkpoint_thinking_length=row.checkpoint_thinking_length,
+            claimed_at=row.claimed_at or now(),
         )
 
     def beat(self, beats: Sequence[rows.Beat]) -> list[rows.BeatAnswer]:
@@ -208,8 +231,16 @@ class StreamSessionManager:
 
     def requeue(self, session_id: UUID) -> None:
         """Put a session in the queue once more; a second claim of it finds nothing to do."""
-        self._database.write(lambda s: rows.enqueued(s, session_id, now()))
+        row, moment = self._queries.row(session_id), now()
+        look_again_at = self._look_again_at(moment, since=row.heartbeat_at or row.started_at)
+        self._database.write(lambda s: rows.look_again(s, session_id, look_again_at))
         self._enqueue(session_id)
+
+    def _look_again_at(self, moment: datetime, since: datetime) -> datetime:
+        """When the reaper is to come to a session that nobody runs `since` then: after 15 s, then twice as long
+        each time, and at the latest when its time in the queue is up."""
+        backoff = moment + max(REQUEUE_FIRST, moment - since)
+        return min(backoff, since + timedelta(seconds=self._settings.queue_timeout_seconds))
 
     # -- the ending ----------------------------------------------------------------------------
 

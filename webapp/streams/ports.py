@@ -26,6 +26,15 @@ class TaskQueue(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RequestKey:
+    """A client's own name for a request (the Idempotency-Key header), and the hash of its body."""
+
+    user_id: UUID
+    key: str
+    body_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class NewMessage:
     """A message to be answered. Without a conversation, one is made."""
 
@@ -37,11 +46,15 @@ class NewMessage:
     think: bool | str | None = None
     keep_alive: str | None = None
     on_disconnect: OnDisconnect = OnDisconnect.CONTINUE
+    request_key: RequestKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker gets with a claim. `checkpoint` is text of earlier attempts, its first part thinking."""
+    """What a worker gets with a claim.
+
+    `checkpoint` is text of earlier attempts, its first part thinking; `claimed_at` is the first attempt's.
+    """
 
     session_id: UUID
     conversation_id: UUID
@@ -55,6 +68,7 @@ class Assignment:
     keep_alive: str | None
     checkpoint: str
     checkpoint_thinking_length: int
+    claimed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,6 @@ log = structlog.get_logger(__name__)
 
 REAP_BATCH: Final = 200
 """Sessions of one kind that one pass takes."""
-ENQUEUE_BACKOFF_SECONDS: Final = 15
-"""After which a session that nobody has claimed is put in the queue again."""
 PUBLISH_GRACE_SECONDS: Final = 5
 """That whoever committed an ending has for putting `done` in the log."""
 
@@ -57,16 +55,15 @@ class Reaper:
         """
         moment = now()
         lease = timedelta(seconds=self._settings.lease_seconds)
-        lost = self._database.read(lambda s: rows.lost(s, moment - lease, REAP_BATCH))
-        unclaimed = self._database.read(
-            lambda s: rows.unclaimed(s, moment - timedelta(seconds=ENQUEUE_BACKOFF_SECONDS), REAP_BATCH)
-        )
+        silent = {row.id: row for row in self._database.read(lambda s: rows.lost(s, moment - lease, REAP_BATCH))}
+        lost = [row.id for row in silent.values() if self._is_lost(row)]
+        unclaimed = self._database.read(lambda s: rows.unclaimed(s, moment, REAP_BATCH))
         unpublished = self._database.read(
             lambda s: rows.unpublished(s, moment - timedelta(seconds=PUBLISH_GRACE_SECONDS), REAP_BATCH)
         )
         return {
-            "lost": self._each("recover", [row.id for row in lost if self._is_lost(row)], self._recover),
-            "unclaimed": self._each("requeue", [row.id for row in unclaimed], self._reconsider),
+            "lost": self._each("recover", lost, lambda session_id: self._recover(silent[session_id])),
+            "unclaimed": self._each("requeue", unclaimed, self._reconsider),
             "unpublished": self._each("publish", unpublished, self._manager.publish),
         }
 
@@ -90,8 +87,10 @@ class Reaper:
         age_seconds = state.lease_age_seconds if state else None
         return age_seconds is None or age_seconds >= self._settings.lease_seconds
 
-    def _recover(self, session_id: UUID) -> None:
-        row = self._queries.row(session_id)
+    def _recover(self, found: StreamSession) -> None:
+        session_id, row = found.id, self._queries.row(found.id)
+        if (row.epoch, row.owner, row.heartbeat_at) != (found.epoch, found.owner, found.heartbeat_at):
+            return  # it was heard of since, or is another's by now
         state = self._log.state(session_id)
         log.warning("worker.lost", session_id=str(session_id), owner=row.owner, attempt=row.attempt)
         if row.stop_reason is not None:
@@ -107,10 +106,10 @@ class Reaper:
     def _reconsider(self, session_id: UUID) -> None:
         """Nobody has claimed it: stop it if that was asked, or its time is up; else queue it again."""
         row = self._queries.row(session_id)
-        waited_seconds = (now() - row.started_at).total_seconds()
+        waited_seconds = (now() - (row.heartbeat_at or row.started_at)).total_seconds()
         if row.stop_reason is not None:
             self._manager.settle(session_id, TerminationReason(row.stop_reason))
-        elif row.epoch == 0 and waited_seconds > self._settings.queue_timeout_seconds:
+        elif waited_seconds >= self._settings.queue_timeout_seconds:
             self._manager.settle(session_id, TerminationReason.QUEUE_TIMEOUT)
         else:
             self._manager.requeue(session_id)

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, cast
+from datetime import datetime, timedelta
+from typing import Any, Final, cast
 from uuid import UUID
 
-from sqlalchemy import BindParameter, ColumnElement, CursorResult, Update, Uuid, bindparam, func, select, text, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    CursorResult,
+    Update,
+    Uuid,
+    bindparam,
+    delete,
+    func,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.orm import Session
 
-from webapp.models import Message, MessageRole, StreamSession, User, UTCDateTime
+from webapp.models import IdempotencyKey, Message, MessageRole, StreamSession, User, UTCDateTime
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason, sources_of
+from webapp.streams.ports import RequestKey
 
+REQUEST_KEY_KEPT: Final = timedelta(hours=24)
 ACTIVE = StreamStatus.ACTIVE.value
 
 
@@ -65,6 +79,27 @@ class BeatAnswer:
     stop_reason: TerminationReason | None
 
 
+def remember_request(s: Session, request: RequestKey, session_id: UUID, at: datetime) -> None:
+    """Keep a request's key with the session that it began; one too old to count gives way."""
+    old = (IdempotencyKey.created_at < at - REQUEST_KEY_KEPT) & (IdempotencyKey.user_id == request.user_id)
+    s.execute(delete(IdempotencyKey).where(old))
+    s.add(
+        IdempotencyKey(
+            user_id=request.user_id,
+            key=request.key,
+            body_sha256=request.body_sha256,
+            session_id=session_id,
+            created_at=at,
+        )
+    )
+
+
+def remembered_request(s: Session, request: RequestKey, at: datetime) -> IdempotencyKey | None:
+    """What is kept of an earlier request with this key."""
+    found = s.get(IdempotencyKey, (request.user_id, request.key))
+    return found if found is not None and found.created_at >= at - REQUEST_KEY_KEPT else None
+
+
 def get(s: Session, session_id: UUID) -> StreamSession | None:
     """The row as it is now."""
     return s.get(StreamSession, session_id, populate_existing=True)
@@ -92,15 +127,16 @@ def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime) ->
             attempt=StreamSession.attempt + 1,
             owner=owner,
             phase=StreamPhase.LOADING.value,
-            claimed_at=at,
+            claimed_at=func.coalesce(StreamSession.claimed_at, at),
             heartbeat_at=at,
         ),
     )
 
 
 def release(s: Session, session_id: UUID, epoch: int) -> bool:
-    """Take the session from its owner, so that another may claim it at the next epoch."""
-    return _changes(s, update(StreamSession).where(is_active(session_id, epoch)).values(owner=None, enqueued_at=None))
+    """From owned at `epoch` to nobody's, so that another may claim it at the next."""
+    owned = is_active(session_id, epoch) & StreamSession.owner.is_not(None)
+    return _changes(s, update(StreamSession).where(owned).values(owner=None, requeue_at=None))
 
 
 def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str | None, at: datetime) -> None:
@@ -108,7 +144,7 @@ def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str
     s.execute(
         update(StreamSession)
         .where(is_active(session_id), StreamSession.stop_reason.is_(None))
-        .values(stop_reason=reason.value, stop_by=by, stop_requested_at=at)
+        .values(stop_reason=reason.value, stop_by=by, stop_requested_at=at, requeue_at=at)
     )
 
 
@@ -215,11 +251,11 @@ def lost(s: Session, before: datetime, limit: int) -> list[StreamSession]:
     return list(s.scalars(select(StreamSession).where(where).order_by(StreamSession.heartbeat_at).limit(limit)))
 
 
-def unclaimed(s: Session, before: datetime, limit: int) -> list[StreamSession]:
-    """Sessions without an owner, last enqueued before `before`, or never."""
-    waiting = StreamSession.enqueued_at.is_(None) | (StreamSession.enqueued_at < before)
-    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None) & waiting
-    return list(s.scalars(select(StreamSession).where(where).order_by(StreamSession.id).limit(limit)))
+def unclaimed(s: Session, at: datetime, limit: int) -> list[UUID]:
+    """Sessions without an owner that are to be looked at again by now."""
+    due = StreamSession.requeue_at.is_(None) | (StreamSession.requeue_at <= at)
+    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None) & due
+    return list(s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.requeue_at).limit(limit)))
 
 
 def unpublished(s: Session, before: datetime, limit: int) -> list[UUID]:
@@ -228,9 +264,9 @@ def unpublished(s: Session, before: datetime, limit: int) -> list[UUID]:
     return list(s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.ended_at).limit(limit)))
 
 
-def enqueued(s: Session, session_id: UUID, at: datetime) -> None:
-    """Note when a queue entry was last made."""
-    s.execute(update(StreamSession).where(is_active(session_id)).values(enqueued_at=at))
+def look_again(s: Session, session_id: UUID, at: datetime) -> None:
+    """Note when the reaper is to look at a session that nobody has claimed by then."""
+    s.execute(update(StreamSession).where(is_active(session_id)).values(requeue_at=at))
 
 
 def lock_user(s: Session, user_id: UUID) -> None:
