@@ -2,8 +2,8 @@
 """Check the model of the stop protocol with Spin, and that the model misses no guard.
 
 First every scenario of the intact protocol is searched to the end, once for broken claims and once
-for runs without an end; each statement of the model must be reached in one of them. Then every guard
-is taken out in turn: the search must find the claim named here. Exits 0 only if all is as expected.
+for runs without an end; what none of them reaches is named. Then every guard is taken out in turn:
+the search must break the claim named here. Exits 0 only if all is as expected.
 
 Needs spin and a C compiler. Builds in a temporary directory and leaves nothing behind.
 """

@@ -387,9 +387,9 @@ inline FENCE_COMPLETE(e, end, source) {
         if
         :: !state_exists -> answer = ABSENT
         :: else -> if
-        :: fence_is_taken -> answer_fence()
-        :: else -> if
         :: fence_is_stale(e) -> answer = STALE
+        :: else -> if
+        :: fence_is_taken -> answer_fence()
         :: else -> if
         :: fence_is_behind(end) -> answer = BEHIND; at = state_end
         :: else ->
@@ -544,8 +544,9 @@ proctype Worker(byte me) {
 #endif
 
 #ifndef NO_LEASE_NEWS
-    /* The lease renewal, or the nudge before it, brings the news: fenced, or another's by now. It
-     * does not look at who asks, so a worker of an older epoch hears of the fence as well. */
+    /* The lease renewal, or the nudge before it, brings the news: fenced, or another's by now. Here
+     * it does not look at who asks, so a worker of an older epoch may take the fence for its own.
+     * (renew.lua does look; COMMIT must not have to rely on it.) */
     :: d_step { state_fence != NO_REASON -> answer_fence() } -> goto cut
     :: state_epoch != epoch -> goto leave
 #endif
