@@ -291,6 +291,7 @@ class Generation:
         self._flush_all(time.monotonic() + WITHOUT_REDIS_SECONDS)
         if self._refusal is not None or self._stop is None or self._stop.reason is not TerminationReason.SHUTDOWN:
             return False
+        self._ports.manager.beat([self.beat(with_text=True, everything=False)])
         self._ports.manager.give_up(self.session_id, self.epoch)
         log.info("stream.handed_over", session_id=str(self.session_id), length=self.transcript.length)
         return True
@@ -302,10 +303,12 @@ class Generation:
         stop = self._stop or Stop(TerminationReason.INTERNAL)
         answer = self._refusal or self._fence(stop)
         reason = answer.reason
+        # A fence may stand in a log that Redis has lost and that is not rebuilt: what was seen counts all the same.
+        end = max(answer.end, self.transcript.seen)
         outcome = Outcome(
             answer=answer,
-            text=self.transcript.between(0, answer.end),
-            thinking_length=min(self.transcript.thinking_length, answer.end),
+            text=self.transcript.between(0, end),
+            thinking_length=min(self.transcript.thinking_length, end),
             phase=self._phase,
             upstream_closed_at=self._upstream_closed_at,
             detail=stop.detail if reason is stop.reason else None,

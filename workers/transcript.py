@@ -17,6 +17,8 @@ class Transcript:
         self.length = 0
         self.thinking_length = 0
         self.acknowledged = 0
+        self.seen = 0
+        """How far any reader may have come: what was ever acknowledged, also by a Redis that has lost it since."""
 
     def add(self, thinking: str, content: str) -> bool:
         """Take what arrived; thinking after the first content is dropped. Returns whether anything was taken."""
@@ -32,6 +34,7 @@ class Transcript:
     def preload(self, text: str, thinking_length: int, acknowledged: int) -> None:
         """Begin with the text of earlier attempts."""
         self._pieces, self.length, self.thinking_length = [text], len(text), thinking_length
+        self.seen = len(text)
         self.rewind(acknowledged)
 
     def rewind(self, acknowledged: int) -> None:
@@ -43,6 +46,7 @@ class Transcript:
 
     def acknowledge(self, end: int) -> None:
         """The log has the text up to `end`, which is where some piece ends, or not."""
+        self.seen = max(self.seen, end)
         position, index = self.acknowledged, self._acknowledged_pieces
         while position < end and index < len(self._pieces):
             position += len(self._pieces[index])

@@ -6,7 +6,7 @@ import time
 
 from tests.functional.nodes import Client, Stack
 from tests.services import wait_until
-from tests.upstream import UpstreamProcess
+from tests.upstream import UpstreamProcess, expected_text
 
 
 def test_nothing_is_accepted_and_nothing_is_written(stack: Stack, client: Client) -> None:
@@ -46,3 +46,23 @@ def test_what_runs_goes_on(stack: Stack, client: Client) -> None:
     assert done["reason"] == "stop"
     assert length < len(reader.text) == done["length"]
     assert reader.text == client.message(session)["content"]
+
+
+def test_an_emptied_redis(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
+    """The worker has all text, and makes the log anew: one stream goes on to its end, another one is stopped."""
+    sessions = [client.post_message("go on", model=f"name={name},pace=40,tokens=200") for name in ("runs", "stops")]
+    readers = [client.follow(session["sessionId"], reconnect=True) for session in sessions]
+    for reader in readers:
+        reader.wait_for_text(100)
+    stack.valkey.flush()
+    receipt = client.terminate(sessions[1]["sessionId"])
+    assert receipt["reason"] == "user"
+    assert receipt["length"] >= 100
+    readers[1].wait_until_done()
+    assert readers[1].text == receipt["partialResponse"] == client.message(sessions[1])["content"]
+    done = readers[0].wait_until_done()
+    assert done["reason"] == "stop"
+    assert readers[0].text == expected_text("name=runs,pace=40,tokens=200").content
+
+    after = client.post_message("and now?", model="tokens=3")
+    assert client.follow(after["sessionId"]).wait_until_done()["reason"] == "stop"

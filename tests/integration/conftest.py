@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import structlog
+from apiflask import APIFlask
 
 from tests.integration.world import CLOSED_REDIS, World, empty_tables, make_settings, make_world
 from tests.services import ValkeyServer
-from webapp.app import make_services
+from webapp.app import create_app, make_services
 from webapp.config import Settings
 from webapp.database import Database
 from webapp.models import db
@@ -70,3 +73,31 @@ def world_with(database: Database, settings_for: MakeSettings) -> Iterator[MakeW
 def world(world_with: MakeWorld) -> World:
     """The core with default settings."""
     return world_with()
+
+
+@pytest.fixture(scope="session")
+def session_app(tmp_path_factory: pytest.TempPathFactory) -> APIFlask:
+    """The web application, made once; `app` puts it over a test's own services."""
+    directory = tmp_path_factory.mktemp("app")
+    with patch("webapp.app.configure_logs"):  # pytest shows the logs of a test that fails
+        return create_app(make_settings(f"sqlite:///{directory / 'unused.db'}", CLOSED_REDIS, directory))
+
+
+@pytest.fixture
+def app(session_app: APIFlask, world: World) -> APIFlask:
+    """The web application over this test's world."""
+    session_app.extensions["sluicegate"] = world.services
+    return session_app
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logs_go_to_pytest() -> None:
+    """What is logged is shown with the test that fails, and nowhere else."""
+    structlog.configure(
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )

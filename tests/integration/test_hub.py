@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -566,6 +567,7 @@ class TestTheDatabasesPart:
         wait_until(lambda: reader.content == WORLD_TEXT)
         world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT + "more", 0)])
         world.forget(worker.session_id)
+        world.change(worker.session_id, heartbeat_at=now() - timedelta(minutes=1))
         world.manager.settle(worker.session_id, USER)
         assert reader.finish().content == WORLD_TEXT + "more"
 
@@ -715,7 +717,9 @@ class TestClosing:
         reader = read(world, worker.session_id).finish(2)
         assert (reader.content, reader.done) == ("text", None)
 
-    def test_its_threads_end(self, world: World, read: Readers) -> None:
+    def test_its_threads_end(self, world: World, read: Readers, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("webapp.streams.hub.BLOCK_MS", 50)
+
         def hub_threads() -> int:
             return sum(thread.name.startswith("hub.") and thread not in before for thread in threading.enumerate())
 

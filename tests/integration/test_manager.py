@@ -457,6 +457,9 @@ class TestSettle:
         worker.say(WORLD_TEXT)
         world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT, 0)])
         world.forget(worker.session_id)
+        with pytest.raises(Unavailable):  # its worker lives, and has more than the checkpoint
+            world.manager.settle(worker.session_id, USER)
+        world.change(worker.session_id, heartbeat_at=now() - timedelta(minutes=1))
         world.manager.settle(worker.session_id, USER)
         assert world.message(worker.session_id).content == WORLD_TEXT
         assert world.row(worker.session_id).reason == "user"

@@ -166,6 +166,6 @@ def _of_postgresql(engine: Engine, table: str) -> Shape:
     )
     with engine.connect() as connection:
         return {
-            "indexes": dict(iter(connection.execute(indexes, {"table": table}).tuples())),
-            "constraints": dict(iter(connection.execute(constraints, {"table": table}).tuples())),
+            "indexes": {row[0]: row[1] for row in connection.execute(indexes, {"table": table})},
+            "constraints": {row[0]: row[1] for row in connection.execute(constraints, {"table": table})},
         }

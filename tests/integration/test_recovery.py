@@ -70,11 +70,14 @@ class TestALostWorker:
         assert world.reaper.reap() == NOTHING_DUE
         assert world.queue.enqueued == [worker.session_id] * 2
 
-    def test_two_reapers_at_once_release_it_once(self, world: World) -> None:
+    def test_two_reapers_at_once_do_no_harm(self, world: World) -> None:
         workers = [lost(world) for _ in range(4)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda _: world.reaper.reap(), range(2)))
-        assert sorted(world.queue.enqueued) == sorted([worker.session_id for worker in workers] * 2)
+        for worker in workers:
+            assert world.queue.enqueued.count(worker.session_id) >= 2
+            assert (world.row(worker.session_id).status, world.row(worker.session_id).epoch) == ("ACTIVE", 1)
+            assert world.run(worker.session_id, owner="worker@two").epoch == 2
 
     def test_where_that_is_wanted_its_partial_is_kept(self, world_with: MakeWorld) -> None:
         world = world_with(on_worker_lost="keep")
@@ -214,22 +217,38 @@ class TestAWorkerThatIsNotLost:
 
 
 class TestWhatNobodyClaims:
-    def queued_long_ago(self, world: World, seconds: float) -> UUID:
-        session_id = world.start().session_id
-        at = now() - timedelta(seconds=seconds)
-        world.change(session_id, requeue_at=at, started_at=at)
-        return session_id
+    def grown_old(self, world: World, seconds: float) -> UUID:
+        """A session that was started so long ago, and of which nobody has heard since."""
+        view = world.start()
+        requeue_at = world.row(view.session_id).requeue_at
+        assert requeue_at is not None
+        age = timedelta(seconds=seconds)
+        world.change(view.session_id, started_at=view.started_at - age, requeue_at=requeue_at - age)
+        return view.session_id
+
+    def next_look_seconds(self, world: World, session_id: UUID) -> float:
+        """From now until the reaper comes again."""
+        requeue_at = world.row(session_id).requeue_at
+        assert requeue_at is not None
+        return (requeue_at - now()).total_seconds()
 
     def test_it_is_left_in_the_queue_for_a_while(self, world: World) -> None:
-        self.queued_long_ago(world, recovery.ENQUEUE_BACKOFF_SECONDS - 5)
+        self.grown_old(world, 10)
         assert world.reaper.reap() == NOTHING_DUE
         assert len(world.queue.enqueued) == 1
 
     def test_and_then_queued_again_and_left_again(self, world: World) -> None:
-        session_id = self.queued_long_ago(world, recovery.ENQUEUE_BACKOFF_SECONDS + 1)
+        session_id = self.grown_old(world, 16)
         assert world.reaper.reap() == NOTHING_DUE | {"unclaimed": 1}
         assert world.reaper.reap() == NOTHING_DUE
         assert world.queue.enqueued == [session_id] * 2
+
+    @pytest.mark.parametrize(("age_seconds", "pause_seconds"), [(16, 16), (31, 31), (61, 61), (400, 200)])
+    def test_each_time_for_twice_as_long(self, world: World, age_seconds: float, pause_seconds: float) -> None:
+        """But never beyond its time in the queue, which is 600 s."""
+        session_id = self.grown_old(world, age_seconds)
+        world.reaper.reap()
+        assert self.next_look_seconds(world, session_id) == pytest.approx(pause_seconds, abs=3)
 
     def test_what_was_never_queued_is_queued_at_once(self, world: World) -> None:
         session_id = world.start().session_id
@@ -237,40 +256,40 @@ class TestWhatNobodyClaims:
         assert world.reaper.reap()["unclaimed"] == 1
         assert world.queue.enqueued == [session_id] * 2
 
-    def test_its_time_in_the_queue_is_limited(self, world_with: MakeWorld) -> None:
-        world = world_with(queue_timeout_seconds=60)
-        session_id = self.queued_long_ago(world, 61)
+    @pytest.mark.parametrize("limit_seconds", [2, 60])
+    def test_its_time_in_the_queue_is_limited(self, world_with: MakeWorld, limit_seconds: float) -> None:
+        world = world_with(queue_timeout_seconds=limit_seconds)
+        late, in_time = self.grown_old(world, limit_seconds + 0.5), self.grown_old(world, limit_seconds - 1)
         world.reaper.reap()
-        row = world.row(session_id)
+        row = world.row(late)
         assert (row.status, row.reason, row.length) == ("TERMINATED", "queue_timeout", 0)
-        assert world.dones(session_id)[0].position == done_position(0)
-        assert len(world.queue.enqueued) == 1
-
-    def test_a_short_limit_is_kept_too(self, world_with: MakeWorld) -> None:
-        """Also where it is shorter than the back-off."""
-        world = world_with(queue_timeout_seconds=2)
-        late, in_time = self.queued_long_ago(world, 3), self.queued_long_ago(world, 1)
-        world.reaper.reap()
-        assert world.row(late).reason == "queue_timeout"
+        assert world.dones(late)[0].position == done_position(0)
         assert world.row(in_time).status == StreamStatus.ACTIVE
 
-    def test_a_limit_that_others_queueing_again_has_moved_is_kept(self, world_with: MakeWorld) -> None:
-        """It counts from the start, not from the last entry in the queue."""
+    def test_to_be_queued_again_does_not_prolong_it(self, world_with: MakeWorld) -> None:
         world = world_with(queue_timeout_seconds=60)
-        session_id = self.queued_long_ago(world, 61)
+        session_id = self.grown_old(world, 61)
         world.manager.requeue(session_id)
         world.reaper.reap()
         assert world.row(session_id).reason == "queue_timeout"
 
-    def test_what_a_worker_had_begun_is_not_limited(self, world_with: MakeWorld) -> None:
-        """Its text was seen: it waits for another worker, and is not thrown away."""
+    def test_what_a_worker_had_begun_waits_from_when_it_was_last_heard_of(self, world_with: MakeWorld) -> None:
+        world = world_with(queue_timeout_seconds=60, lease_seconds=5)
+        worker = lost(world)
+        world.change(worker.session_id, heartbeat_at=now() - timedelta(seconds=10))
+        world.reaper.reap()
+        world.change(worker.session_id, started_at=now() - timedelta(seconds=300), requeue_at=now())
+        assert world.reaper.reap()["unclaimed"] == 1
+        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+
+    def test_and_ends_with_its_partial(self, world_with: MakeWorld) -> None:
         world = world_with(queue_timeout_seconds=60)
         worker = lost(world)
         world.reaper.reap()
-        at = now() - timedelta(seconds=120)
-        world.change(worker.session_id, started_at=at, requeue_at=at)
-        assert world.reaper.reap()["unclaimed"] == 1
-        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+        world.change(worker.session_id, requeue_at=now())
+        world.reaper.reap()
+        assert world.row(worker.session_id).reason == "queue_timeout"
+        assert world.message(worker.session_id).content == WORLD_TEXT
 
 
 class TestAnEndingWithoutDone:

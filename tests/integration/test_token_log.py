@@ -183,9 +183,10 @@ class TestAppend:
         assert log.verbs.text(log.id) == ("hm so yes", 6)
         assert [entry.kind for entry in log.entries()] == [THINKING, THINKING, MESSAGE]
 
-    @pytest.mark.parametrize("epoch", [0, 2])
-    def test_another_epochs_is_stale(self, log: Log, epoch: int) -> None:
-        assert log.append(0, "text", epoch=epoch) == Answer(Verdict.STALE)
+    @pytest.mark.parametrize(("epoch", "verdict"), [(0, Verdict.STALE), (2, Verdict.ABSENT)])
+    def test_another_epochs_is_refused(self, log: Log, epoch: int, verdict: Verdict) -> None:
+        """An older one has been superseded; a newer one's own state was lost, and has to be opened again."""
+        assert log.append(0, "text", epoch=epoch) == Answer(verdict)
         assert log.entries() == []
 
     def test_behind_a_fence_it_is_told_the_fence(self, log: Log) -> None:
@@ -255,8 +256,9 @@ class TestMark:
         assert log.ids() == ["0-1", "0-2"]
         assert log.entries()[1].data == b'{"phase":"LOADING","attempt":2}'
 
-    def test_another_epochs_is_stale(self, log: Log) -> None:
-        assert log.mark(epoch=2) == Answer(Verdict.STALE)
+    @pytest.mark.parametrize(("epoch", "verdict"), [(0, Verdict.STALE), (2, Verdict.ABSENT)])
+    def test_another_epochs_is_refused(self, log: Log, epoch: int, verdict: Verdict) -> None:
+        assert log.mark(epoch=epoch) == Answer(verdict)
         assert log.entries() == []
 
     def test_behind_a_fence_there_is_none(self, log: Log) -> None:
@@ -297,10 +299,10 @@ class TestFence:
         assert sorted(answer.verdict for answer in answers) == ["FENCED"] * (len(reasons) - 1) + ["OK"]
         assert len({(answer.end, answer.reason, answer.fenced_us) for answer in answers}) == 1
 
-    @pytest.mark.parametrize("epoch", [0, 2])
-    def test_one_that_names_another_epoch_is_stale(self, log: Log, epoch: int) -> None:
-        assert log.fence(STOP, epoch=epoch) == Answer(Verdict.STALE)
-        assert log.fence(STOP, epoch=epoch, expected_end=0) == Answer(Verdict.STALE)
+    @pytest.mark.parametrize(("epoch", "verdict"), [(0, Verdict.STALE), (2, Verdict.ABSENT)])
+    def test_one_that_names_another_epoch_is_refused(self, log: Log, epoch: int, verdict: Verdict) -> None:
+        assert log.fence(STOP, epoch=epoch) == Answer(verdict)
+        assert log.fence(STOP, epoch=epoch, expected_end=0) == Answer(verdict)
         assert log.state().fence is None
 
     @pytest.mark.parametrize("expected_end", [0, 3, 5])
@@ -589,7 +591,7 @@ class TestScriptsAreLoadedAgain:
         each()
         assert fresh.open().ok
         each()
-        assert fresh.fence(STOP, epoch=2).verdict is Verdict.STALE
+        assert fresh.fence(STOP, epoch=0).verdict is Verdict.STALE
         each()
         assert fresh.verbs.renew([(fresh.id, 1)]) == []
         each()

@@ -142,3 +142,12 @@ def test_writing_it_out_in_any_portions_gives_the_whole(chunks: list[tuple[str, 
     log += "".join(append.text for append in transcript.unacknowledged(SESSION, EPOCH))
     assert log == transcript.text
     assert thinking == log[: len(thinking)]
+
+
+def test_what_was_seen_outlives_a_lost_log() -> None:
+    """A Redis that was emptied is sent all again; what it once had acknowledged counts as seen all the same."""
+    transcript = Transcript()
+    transcript.add("", "abcdef")
+    transcript.acknowledge(4)
+    transcript.rewind(0)
+    assert (transcript.acknowledged, transcript.seen) == (0, 4)

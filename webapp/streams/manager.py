@@ -280,25 +280,40 @@ class StreamSessionManager:
     ) -> rows.Ending | None:
         answer = self._log.fence(row.id, reason)
         if answer.verdict is Verdict.ABSENT:
+            self._require_no_owner(row)
             self._log.open(row.id, row.epoch)
             answer = self._log.fence(row.id, reason)
         if not answer.fenced:
             return None
         text, thinking_length = self._log.text(row.id)
+        state = self._log.state(row.id)
+        if len(text) < answer.end and state is None:
+            return None  # Redis was emptied between the fence and the reading
         if row.checkpoint_length > len(text):
             text, thinking_length = row.checkpoint, row.checkpoint_thinking_length
-        state = self._log.state(row.id)
         phase = state.phase if state and row.claimed_at else StreamPhase(row.phase)
         detail = detail if answer.reason is reason else None
         return _ending(Outcome(answer, text, thinking_length, phase, upstream_closed_at=None, detail=detail))
 
+    def _require_no_owner(self, row: StreamSession) -> None:
+        """An emptied Redis knows nothing of the text; a worker that lives does, and will end the session with it."""
+        lease = timedelta(seconds=self._settings.lease_seconds)
+        if row.owner and row.heartbeat_at and now() - row.heartbeat_at < lease:
+            raise Unavailable("Redis has lost the stream's log; the stop is recorded and its worker will end it")
+
     def _commit(self, row: StreamSession, ending: rows.Ending) -> bool:
         """COMMIT, then FINISH. The loser of a race adopts the winner's outcome by reading the row later."""
-        if not self._database.write(lambda s: rows.commit(s, row, ending)):
-            return False
-        self._log_ending(row.id)
-        self._try("publish", lambda: self.publish(row.id), row.id)
-        return True
+        won = self._database.write(lambda s: rows.commit(s, row, ending))
+        if won:
+            self._log_ending(row.id)
+        # Also where it was committed before: the answer to that commit may have been lost.
+        if won or self._is_unpublished(row.id):
+            self._try("publish", lambda: self.publish(row.id), row.id)
+        return won
+
+    def _is_unpublished(self, session_id: UUID) -> bool:
+        row = self._queries.row(session_id)
+        return row.status != StreamStatus.ACTIVE and row.published_at is None
 
     def publish(self, session_id: UUID) -> None:
         """FINISH: put `done` in the log, from the committed row, and note that it is there. Safe to repeat.

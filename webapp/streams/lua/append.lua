@@ -1,8 +1,8 @@
 -- APPEND: put text at the log's end, if the caller owns the session, knows the end, and no fence stands.
 -- KEYS 1 state, 2 log. ARGV 1 epoch, 2 start, 3 end (code points), 4 kind ('t' or 'c'), 5 text.
 local state = redis.call('HMGET', KEYS[1], 'epoch', 'fence', 'end', 'tlen', 'fenced_us', 'seq')
-if not state[1] then
-  return {'ABSENT'}
+if not state[1] or tonumber(state[1]) < tonumber(ARGV[1]) then
+  return {'ABSENT'} -- also where Redis was emptied and an older epoch was opened since: this one's is gone
 end
 if state[1] ~= ARGV[1] then
   return {'STALE', state[1]}

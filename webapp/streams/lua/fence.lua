@@ -2,8 +2,8 @@
 -- KEYS 1 state. ARGV 1 reason, 2 epoch ('': any), 3 the end that the caller expects ('': any).
 -- Completion names both, so that a worker which lost the session, or whose text is not all in the log, completes nothing.
 local state = redis.call('HMGET', KEYS[1], 'epoch', 'fence', 'end', 'tlen', 'fenced_us')
-if not state[1] then
-  return {'ABSENT'}
+if not state[1] or (ARGV[2] ~= '' and tonumber(state[1]) < tonumber(ARGV[2])) then
+  return {'ABSENT'} -- also where Redis was emptied and an older epoch was opened since: this one's is gone
 end
 if ARGV[2] ~= '' and state[1] ~= ARGV[2] then
   return {'STALE', state[1]}

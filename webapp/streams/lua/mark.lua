@@ -1,8 +1,8 @@
 -- MARK: put a phase event at the log's end, once for each phase of an epoch.
 -- KEYS 1 state, 2 log. ARGV 1 epoch, 2 phase, 3 the event's data.
 local state = redis.call('HMGET', KEYS[1], 'epoch', 'fence', 'end', 'tlen', 'fenced_us', 'seq', 'phase', 'marked')
-if not state[1] then
-  return {'ABSENT'}
+if not state[1] or tonumber(state[1]) < tonumber(ARGV[1]) then
+  return {'ABSENT'} -- also where Redis was emptied and an older epoch was opened since: this one's is gone
 end
 if state[1] ~= ARGV[1] then
   return {'STALE', state[1]}
