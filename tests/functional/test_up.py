@@ -110,8 +110,8 @@ def test_a_day_in_its_life(up: Up) -> None:
     assert requests.get(f"{up.base}/readyz", timeout=5).status_code == 200
     _a_user_can_use_it(up)
     _a_second_one_is_refused(up)
-    _what_dies_is_started_again(up)
     assert all(line.startswith("ok") for line in up.run("doctor").splitlines())
+    _what_dies_is_started_again(up)
     _it_stops_at_once_and_leaves_nothing(up)
 
 
