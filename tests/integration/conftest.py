@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def app(session_app: APIFlask, world: World) -> APIFlask:
 @pytest.fixture(scope="session", autouse=True)
 def logs_go_to_pytest() -> None:
     """What is logged is shown with the test that fails, and nowhere else."""
+    logging.getLogger().addHandler(logging.NullHandler())  # for threads that end between two tests
     structlog.configure(
         processors=[
             structlog.stdlib.add_log_level,

@@ -257,8 +257,12 @@ class TestValues:
             world.change(session_id, requeue_at=datetime(2026, 1, 1, 12, tzinfo=UTC).astimezone(zone))
             for other in zones:
                 before = datetime(2026, 1, 1, 12, 0, 1, tzinfo=UTC).astimezone(other)
-                query = select(func.count()).where(StreamSession.requeue_at < before)
-                assert world.database.read(lambda s, q=query: s.scalar(q)) == 1
+                assert self.requeued_before(world, before) == 1
+
+    @staticmethod
+    def requeued_before(world: World, moment: datetime) -> int | None:
+        query = select(func.count()).where(StreamSession.requeue_at < moment)
+        return world.database.read(lambda s: s.scalar(query))
 
     def test_any_text_comes_back_as_it_was(self, world: World, session_id: UUID) -> None:
         odd = WORLD_TEXT + "\r\n\t\x01\x7f\ufeff\ufffe\U0010ffff '\"\\%:name"
@@ -294,8 +298,7 @@ class TestSQLite:
             writer.execute(text("INSERT INTO conversations (id, title, created_at) VALUES ('x', 't', 'now')"))
             assert sqlite.counts()["conversations"] == 0
 
-    def test_a_writer_that_reads_first_has_its_place_already(self, sqlite: World) -> None:
-        """Two that read, and then write what they read plus one, lose nothing."""
+    def test_those_who_read_and_then_write_lose_nothing(self, sqlite: World) -> None:
         session_id = sqlite.start().session_id
 
         def count(s: Session) -> None:

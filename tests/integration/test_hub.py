@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -159,6 +161,11 @@ def follows(world: World, count: int = 1) -> None:
     wait_until(lambda: world.services.hub.followed == count, what=f"{count} logs are followed")
 
 
+def have(readers: Sequence[Reader], text: str) -> None:
+    """Wait until all have read so much of an answer."""
+    wait_until(lambda: all(reader.content == text for reader in readers), what="all have read it")
+
+
 def write(worker: Worker, count: int, text: str = WORLD_TEXT) -> str:
     """So many entries; returns their text."""
     assert all(worker.say(f"{number}{text}").ok for number in range(count))
@@ -236,6 +243,29 @@ class TestALiveStream:
         worker.end()
         for reader in readers:
             assert reader.finish().content == texts[0]
+
+    def test_what_came_between_reading_the_log_and_following_is_not_missed(
+        self, world: World, read: Readers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        worker = world.run()
+        first = read(world, worker.session_id)
+        worker.say("one ")
+        have([first], "one ")
+        attach = world.services.hub.attach
+
+        def attach_late(*args: Any) -> tuple[Subscription, Position]:
+            worker.say("two ")
+            have([first], "one two ")
+            return attach(*args)
+
+        monkeypatch.setattr(world.services.hub, "attach", attach_late)
+        second = read(world, worker.session_id)
+        have([second], "one two ")
+        monkeypatch.undo()
+        worker.say("three")
+        have([first, second], "one two three")
+        worker.end()
+        assert first.finish().done == second.finish().done
 
     def test_silence_is_filled_with_comments(self, world_with: MakeWorld, read: Readers) -> None:
         world = world_with(keepalive_seconds=0.02)
@@ -387,8 +417,7 @@ class TestOneReadForAll:
             before = xreads(world)
             for number in range(10):
                 worker.say(f"{number} ")
-                expected = worker.text
-                wait_until(lambda e=expected, r=readers: all(one.content == e for one in r))
+                have(readers, worker.text)
             costs.append(xreads(world) - before)
             worker.end()
             for reader in readers:
@@ -438,13 +467,17 @@ class TestASlowReader:
         slow = read(world, worker.session_id, slow=True)
         for _ in range(4):
             write(worker, 120)
-            seen = len(slow.events)
-            slow.gate.set()
-            wait_until(lambda s=seen: len(slow.events) > s)
-            slow.gate.clear()
+            self.read_a_little(slow)
         slow.gate.set()
         worker.end()
         assert slow.finish().content == worker.text
+
+    @staticmethod
+    def read_a_little(slow: Reader) -> None:
+        seen = len(slow.events)
+        slow.gate.set()
+        wait_until(lambda: len(slow.events) > seen)
+        slow.gate.clear()
 
     def test_an_entry_that_is_larger_than_the_buffer_arrives_all_the_same(
         self, world_with: MakeWorld, read: Readers
@@ -507,14 +540,12 @@ class TestASubscription:
 
     def test_what_is_put_while_another_thread_takes_is_not_lost(self) -> None:
         """With real threads, which may be interrupted anywhere; under gevent only where they wait."""
-        import sys
-
         count, interval = 20_000, sys.getswitchinterval()
         subscription = Subscription(10**9)
         deliveries = [delivery(number) for number in range(count)]
         sys.setswitchinterval(1e-6)
         try:
-            putter = threading.Thread(target=lambda: [subscription.put(one) for one in deliveries])
+            putter = threading.Thread(target=lambda: deque(map(subscription.put, deliveries), maxlen=0))
             putter.start()
             taken: list[int] = []
             while len(taken) < count:

@@ -15,20 +15,21 @@ from uuid import UUID
 
 import orjson
 import pytest
+from sqlalchemy import update
 
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
 from tests.upstream import MIXED
-from webapp.errors import ConversationBusy, NotFound, SluicegateError, TooManyStreams, Unavailable
-from webapp.models import Message, OnDisconnect, Role, new_id, now
+from webapp.errors import ConversationBusy, Invalid, NotFound, SluicegateError, TooManyStreams, Unavailable
+from webapp.models import IdempotencyKey, Message, OnDisconnect, Role, new_id, now
 from webapp.streams import manager as manager_module
 from webapp.streams import rows
 from webapp.streams.events import THINKING, done_position
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import Answer, Verdict
-from webapp.streams.ports import NewMessage, Outcome
+from webapp.streams.ports import NewMessage, Outcome, RequestKey
 from webapp.streams.rows import Beat, BeatAnswer
-from webapp.views import ReceiptView
+from webapp.views import ReceiptView, SessionView
 
 T = TypeVar("T")
 STOP, USER, ADMIN = TerminationReason.STOP, TerminationReason.USER, TerminationReason.ADMIN
@@ -168,6 +169,58 @@ class TestStart:
         world.start()
 
 
+class TestARequestThatIsRepeated:
+    def new(self, world: World, key: str = "k", body: str = "b", **more: Any) -> NewMessage:
+        request = RequestKey(world.user(), key, hashlib.sha256(body.encode()).hexdigest())
+        return NewMessage(world.user(), "hello", "m", request_key=request, **more)
+
+    def test_it_is_remembered_by_its_key(self, world: World) -> None:
+        new = self.new(world)
+        assert new.request_key is not None
+        assert world.manager.repeated(new.request_key) is None
+        view = world.manager.start(new)
+        found = world.manager.repeated(new.request_key)
+        assert found is not None
+        assert found.session_id == view.session_id
+
+    def test_with_another_body_it_is_refused(self, world: World) -> None:
+        world.manager.start(self.new(world))
+        other = self.new(world, body="another").request_key
+        assert other is not None
+        with pytest.raises(Invalid):
+            world.manager.repeated(other)
+
+    def test_twins_at_once_begin_one_session(self, world: World) -> None:
+        new = self.new(world)
+        outcomes = at_once(8, lambda _: world.manager.start(new))
+        assert len({one.session_id for one in outcomes if isinstance(one, SessionView)}) == 1
+        assert all(isinstance(one, SessionView) for one in outcomes)
+        assert world.counts()["stream_sessions"] == 1
+        assert len(world.queue.enqueued) == 1
+
+    def test_twins_in_a_conversation_begin_one_session(self, world: World) -> None:
+        new = self.new(world, conversation_id=world.conversation())
+        outcomes = at_once(8, lambda _: world.manager.start(new))
+        assert all(isinstance(one, SessionView) for one in outcomes), outcomes
+
+    @pytest.mark.parametrize("limits", [{"max_active_streams_per_user": 1}, {"max_queued_streams": 1}])
+    def test_a_twin_that_comes_second_is_not_refused_for_what_the_first_has_filled(
+        self, world_with: MakeWorld, limits: dict[str, int]
+    ) -> None:
+        world = world_with(**limits)
+        new = self.new(world)
+        outcomes = at_once(6, lambda _: world.manager.start(new))
+        assert all(isinstance(one, SessionView) for one in outcomes), outcomes
+
+    def test_a_key_is_forgotten_after_a_day(self, world: World) -> None:
+        new = self.new(world)
+        first = world.manager.start(new)
+        long_ago = now() - timedelta(hours=25)
+        world.database.write(lambda s: s.execute(update(IdempotencyKey).values(created_at=long_ago)))
+        assert world.manager.start(new).session_id != first.session_id
+        assert world.counts()["idempotency_keys"] == 1
+
+
 class TestClaim:
     def test_it_makes_the_worker_the_owner(self, world: World) -> None:
         view = world.start(options={"seed": 7}, think=True, keep_alive="5m")
@@ -224,6 +277,53 @@ class TestClaim:
     def test_without_redis_it_is_claimed_all_the_same(self, world: World, world_with: MakeWorld) -> None:
         session_id = world.start().session_id
         assert world_with(redis_url=CLOSED_REDIS).manager.claim(session_id, "worker@one") is not None
+
+
+class TestStatements:
+    """Each names the state from which it moves, whoever looked before."""
+
+    def claim(self, world: World, session_id: UUID, epoch: int) -> bool:
+        return world.database.write(lambda s: rows.claim(s, session_id, epoch, "worker@two", now()))
+
+    def test_claim_moves_only_what_is_active_unowned_and_at_the_epoch(self, world: World) -> None:
+        session_id = world.start().session_id
+        assert not self.claim(world, session_id, 1)
+        assert self.claim(world, session_id, 0)
+        assert not self.claim(world, session_id, 0)
+        assert not self.claim(world, session_id, 1)
+        world.manager.give_up(session_id, 1)
+        assert not self.claim(world, session_id, 0)
+        assert self.claim(world, session_id, 1)
+        ended = world.start().session_id
+        world.manager.terminate(ended, USER)
+        assert not self.claim(world, ended, 0)
+
+    def test_the_first_claim_is_the_one_from_which_a_duration_counts(self, world: World) -> None:
+        session_id = world.start().session_id
+        self.claim(world, session_id, 0)
+        first = world.row(session_id).claimed_at
+        world.manager.give_up(session_id, 1)
+        assignment = world.manager.claim(session_id, "worker@three")
+        assert assignment is not None
+        assert assignment.claimed_at == world.row(session_id).claimed_at == first
+
+    def test_the_first_stop_on_record_stays(self, world: World) -> None:
+        session_id = world.start().session_id
+        world.database.write(lambda s: rows.record_stop(s, session_id, ADMIN, "root", now()))
+        world.database.write(lambda s: rows.record_stop(s, session_id, USER, "ada", now()))
+        row = world.row(session_id)
+        assert (row.stop_reason, row.stop_by) == ("admin", "root")
+
+    def test_no_stop_is_recorded_of_what_has_ended(self, world: World) -> None:
+        worker = world.run()
+        worker.end()
+        world.database.write(lambda s: rows.record_stop(s, worker.session_id, USER, "ada", now()))
+        assert world.row(worker.session_id).stop_reason is None
+
+    def test_only_what_has_ended_is_published(self, world: World) -> None:
+        session_id = world.run().session_id
+        world.database.write(lambda s: rows.published(s, session_id, now()))
+        assert world.row(session_id).published_at is None
 
 
 class TestHistory:

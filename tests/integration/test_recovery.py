@@ -7,6 +7,7 @@ from datetime import timedelta
 from uuid import UUID
 
 import pytest
+from sqlalchemy import delete
 
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
@@ -350,6 +351,27 @@ class TestTheReaperItself:
         world.redis.set(state_key(broken.session_id), "not a hash")
         assert world.reaper.reap()["lost"] == 2
         assert all(world.row(worker.session_id).owner is None for worker in others)
+
+    def test_a_state_that_this_version_cannot_read_is_its_own_sessions_trouble(self, world: World) -> None:
+        unreadable, other = lost(world), lost(world)
+        world.redis.hset(state_key(unreadable.session_id), "phase", "DREAMING")
+        assert world.reaper.reap()["lost"] == 1
+        assert world.row(other.session_id).owner is None
+
+    def test_a_row_that_goes_meanwhile_is_nobody_elses_trouble(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        going, other = lost(world), lost(world)
+        looked_at = world.reaper._is_lost
+
+        def gone(row: StreamSession) -> bool:
+            found = looked_at(row)
+            world.database.write(lambda s: s.execute(delete(StreamSession).where(StreamSession.id == going.session_id)))
+            return found
+
+        monkeypatch.setattr(world.reaper, "_is_lost", gone)
+        assert world.reaper.reap()["lost"] == 1
+        assert world.row(other.session_id).owner is None
 
     def test_a_broker_that_is_down_loses_nothing(self, world: World) -> None:
         worker = lost(world)

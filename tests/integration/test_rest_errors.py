@@ -121,7 +121,6 @@ class TestTheBodysForm:
                 answer = ada.post(path, data=body, content_type="application/json")
                 assert problem(answer, 400, "not_json"), name
 
-    @pytest.mark.xfail(reason="Python's parser gives up with a RecursionError, which is answered with 500", strict=True)
     def test_what_is_nested_too_deeply_is_refused(self, ada: Caller, nothing_written: NothingWritten) -> None:
         with nothing_written:
             body = b'{"content": "hello", "options": {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}"
@@ -171,7 +170,6 @@ class TestFields:
         ("onActive", {"content": "x", "onActive": "wait"}),
         ("contents", {"content": "x", "contents": "y"}),
         ("conversation_id", {"content": "x", "conversation_id": str(new_id())}),
-        ("", {"content": "x", "": "y"}),
     )
 
     def test_what_is_wrong_with_a_message_is_told_by_its_name(
@@ -235,42 +233,53 @@ class TestFields:
 
 
 class TestWhatCannotBeStored:
-    """JSON can say what a database or the next parser cannot take."""
+    """JSON, or what Python takes for it, can say what a database or the next parser cannot take."""
 
-    BODIES: tuple[tuple[str, str], ...] = (
-        ("not a number", '{"content": "x", "options": {"temperature": NaN}}'),
-        ("infinity", '{"content": "x", "options": {"temperature": Infinity}}'),
-        ("a number too large for a float", '{"content": "x", "options": {"temperature": 1e999}}'),
-        ("a lone surrogate as a member", '{"content": "x", "\\ud800": 1}'),
-        ("a lone surrogate in the options", '{"content": "x", "options": {"stop": "\\ud800"}}'),
-        ("a lone surrogate as an option", '{"content": "x", "options": {"\\ud800": 1}}'),
-        ("NUL in the options", '{"content": "x", "options": {"stop": ["a\\u0000"]}}'),
+    @staticmethod
+    def send(ada: Caller, body: str, headers: dict[str, str]) -> TestResponse:
+        accepts = headers | {"Accept": "application/json"}
+        return ada.post(SEND, data=body, content_type="application/json", headers=accepts)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            pytest.param('{"content": "x", "options": {"temperature": NaN}}', id="not a number"),
+            pytest.param('{"content": "x", "options": {"temperature": Infinity}}', id="infinity"),
+            pytest.param('{"content": "x", "options": {"temperature": 1e999}}', id="too large"),
+            pytest.param('{"content": "x", "\\ud800": 1}', id="a lone surrogate as a member"),
+        ],
     )
-
-    @pytest.mark.parametrize("name", [name for name, _ in BODIES])
     @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k"}], ids=["", "with a key"])
-    def test_it_is_the_senders_mistake_or_it_is_taken(
-        self, ada: Caller, world: World, name: str, headers: dict[str, str]
+    def test_it_is_the_senders_mistake(
+        self, ada: Caller, nothing_written: NothingWritten, body: str, headers: dict[str, str]
     ) -> None:
-        before = world.counts()
-        accepts = headers | {"Accept": "application/json"}
-        answer = ada.post(SEND, data=dict(self.BODIES)[name], content_type="application/json", headers=accepts)
-        if answer.status_code != 202:
-            problem(answer, answer.status_code, "not_json" if answer.status_code == 400 else "invalid")
-            assert world.counts() == before
-            return
-        options = world.row(UUID(answer.get_json()["sessionId"])).options
-        json.dumps(options, allow_nan=False).encode()
+        with nothing_written:
+            answer = self.send(ada, body, headers)
+            problem(answer, answer.status_code, {400: "not_json"}.get(answer.status_code, "invalid"))
 
-    @pytest.mark.parametrize("seed", [2**53 + 1, 2**70, -(2**70), 0.1])
     @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k"}], ids=["", "with a key"])
-    def test_numbers_come_through_as_they_were(
-        self, ada: Caller, world: World, seed: float, headers: dict[str, str]
+    @pytest.mark.parametrize(
+        "option", [2**70, -(2**70), "\ud800", {"\udfff": 1}], ids=["large", "small", "surrogate", "name"]
+    )
+    def test_what_only_the_upstream_has_to_understand_is_passed_on(
+        self, ada: Caller, world: World, option: Any, headers: dict[str, str]
     ) -> None:
-        accepts = headers | {"Accept": "application/json"}
-        answer = ada.post(SEND, {"content": "x", "options": {"seed": seed}}, headers=accepts)
+        answer = self.send(ada, json.dumps({"content": "x", "options": {"seed": option}}), headers)
         assert answer.status_code == 202, answer.text
-        assert world.row(UUID(answer.get_json()["sessionId"])).options == {"seed": seed}
+        assert world.row(UUID(answer.get_json()["sessionId"])).options == {"seed": option}
+
+    @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k"}], ids=["", "with a key"])
+    def test_options_come_through_as_they_were(self, ada: Caller, world: World, headers: dict[str, str]) -> None:
+        options = {
+            "seed": 2**53 + 1,
+            "temperature": 0.1,
+            "stop": ["a\0", "é", "👩‍👩‍👧‍👦"],
+            "deep": [[[{}]]],
+            "none": None,
+        }
+        answer = self.send(ada, json.dumps({"content": "x", "options": options}), headers)
+        assert answer.status_code == 202, answer.text
+        assert world.row(UUID(answer.get_json()["sessionId"])).options == options
 
 
 class TestSize:
@@ -282,7 +291,9 @@ class TestSize:
             problem(ada.send("é" * 200_001), 413, "too_large")
 
     def test_one_that_just_fits_is_taken(self, ada: Caller, world: World) -> None:
-        answer = ada.send("𝔘" * 200_000)
+        body = json.dumps({"content": "𝔘" * 200_000}, ensure_ascii=False).encode()
+        accepts = {"Accept": "application/json"}
+        answer = ada.post(SEND, data=body, content_type="application/json", headers=accepts)
         assert answer.status_code == 202
         messages = world.services.conversations.messages(UUID(answer.get_json()["conversationId"]))
         assert messages[0].content == "𝔘" * 200_000
@@ -392,7 +403,7 @@ class TestCursors:
         assert whole.headers["Cache-Control"] == "no-cache"
         assert whole.headers["X-Accel-Buffering"] == "no"
         assert whole.headers["X-Stream-Session-Id"] == str(ended)
-        assert whole.text.startswith("event: session\n")
+        assert "event: session\n" in whole.text.partition("\n\n")[0]
         assert json.dumps(WORLD_TEXT, ensure_ascii=False) in whole.text
         rest = ada.get(f"/api/streams/{ended}/events?lastEventId=3-0")
         assert json.dumps(WORLD_TEXT[3:], ensure_ascii=False) in rest.text

@@ -545,6 +545,20 @@ class TestEveryKeyExpires:
         state, ttl = log.ttls()
         assert LIVE_SECONDS - 5 <= ttl <= state
 
+    def test_another_attempt_may_last_as_long_again(self, log: Log) -> None:
+        log.append(0, "text")
+        for key in (state_key(log.id), log_key(log.id)):
+            log.redis.expire(key, 7)
+        log.open(2)
+        assert all(LIVE_SECONDS - 5 <= ttl <= LIVE_SECONDS for ttl in log.ttls())
+
+    def test_but_not_of_what_is_done(self, log: Log) -> None:
+        log.append(0, "text")
+        log.fence()
+        log.finish(4)
+        assert log.open(2).verdict is Verdict.FENCED
+        assert all(0 < ttl <= RETENTION_SECONDS for ttl in log.ttls())
+
     def test_the_log_that_was_made_anew(self, log: Log) -> None:
         log.append(0, "text")
         log.expire()
@@ -598,7 +612,11 @@ class TestScriptsAreLoadedAgain:
         assert fresh.finish(0).ok
 
     def test_for_pipelines_and_nothing_is_doubled(self, log: Log) -> None:
-        operations = [Mark(log.id, 1, StreamPhase.LOADING, 1), log.piece(0, "one "), log.piece(4, "two ")]
+        operations: list[Append | Mark] = [
+            Mark(log.id, 1, StreamPhase.LOADING, 1),
+            log.piece(0, "one "),
+            log.piece(4, "two "),
+        ]
         log.redis.script_flush()
         assert [answer.verdict for answer in log.verbs.apply(operations)] == [Verdict.OK] * 3
         assert log.text() == "one two "
@@ -608,7 +626,11 @@ class TestScriptsAreLoadedAgain:
         log.append(0, "one ")
         log.redis.script_flush()
         log.redis.script_load((Path(log_module.__file__).parent / "lua" / "append.lua").read_text())
-        operations = [log.piece(4, "two "), Mark(log.id, 1, StreamPhase.GENERATING, 1), log.piece(8, "three")]
+        operations: list[Append | Mark] = [
+            log.piece(4, "two "),
+            Mark(log.id, 1, StreamPhase.GENERATING, 1),
+            log.piece(8, "three"),
+        ]
         answers = log.verbs.apply(operations)
         # What was appended before the other script was missed is BEHIND in the second round: it is there.
         assert answers[0] == Answer(Verdict.BEHIND, end=13)

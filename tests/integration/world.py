@@ -127,10 +127,6 @@ class World:
         where = StreamSession.id == session_id
         self.database.write(lambda s: s.execute(update(StreamSession).where(where).values(**values)))
 
-    def set_state(self, session_id: UUID, **values: Any) -> None:
-        """Write into the Redis state."""
-        self.redis.hset(state_key(session_id), mapping=values)
-
     def forget(self, session_id: UUID) -> None:
         """Lose what Redis has of a session, as when it was emptied."""
         self.redis.delete(state_key(session_id), log_key(session_id))
@@ -193,7 +189,7 @@ class Worker:
 
     def commit(self, answer: Answer, **more: Any) -> bool:
         """COMMIT and FINISH what the fence says."""
-        known = {"phase": StreamPhase.GENERATING, "upstream_closed_at": now()} | more
+        known: dict[str, Any] = {"phase": StreamPhase.GENERATING, "upstream_closed_at": now()} | more
         cut = min(self.thinking_length, answer.end)
         return self._world.manager.finish(
             self.session_id, self.epoch, Outcome(answer, self.text[: answer.end], cut, **known)
@@ -231,7 +227,7 @@ def make_world(settings: Settings, database: Database | None = None) -> World:
 
 def make_settings(database_url: str, redis_url: str, data_dir: Path, **overrides: Any) -> Settings:
     """Settings that no environment and no file has a say in."""
-    values = {
+    values: dict[str, Any] = {
         "database_url": database_url,
         "redis_url": redis_url,
         "celery_broker_url": "memory://",

@@ -82,6 +82,16 @@ def ask_in_vain(url: str, heard: Heard, model: str) -> str:
     return detail
 
 
+def read_request(connection: socket.socket) -> None:
+    """All of it: a socket that is closed with something unread resets the connection."""
+    with connection.makefile("rb") as stream:
+        size_bytes = 0
+        while (header := stream.readline()) not in (b"\r\n", b""):
+            if header.lower().startswith(b"content-length:"):
+                size_bytes = int(header.partition(b":")[2])
+        stream.read(size_bytes)
+
+
 @contextlib.contextmanager
 def answering(*pieces: bytes) -> Iterator[str]:
     """A server that answers one request with just these bytes, each in a packet of its own; its URL."""
@@ -91,7 +101,7 @@ def answering(*pieces: bytes) -> Iterator[str]:
             connection, _ = listener.accept()
             with connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.recv(65_536)
+                read_request(connection)
                 for piece in pieces:
                     connection.sendall(piece)
 

@@ -25,11 +25,8 @@ def configure_rest(app: APIFlask, settings: Settings) -> None:
     app.security_schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
     app.request_class = _Request
     configure_problems(app)
-    for blueprint in (conversations, streams):
-        blueprint.before_request(_require_user)
-        blueprint.before_request(_require_json)
+    for blueprint in (conversations, streams, system):
         app.register_blueprint(blueprint)
-    app.register_blueprint(system)
 
 
 class _Request(Request):
@@ -52,7 +49,13 @@ def _require_json() -> None:
         raise UnsupportedMediaType("Send the body with Content-Type: application/json")
     try:
         body = request.get_json(force=True)
-    except BadRequest:
+    except (BadRequest, RecursionError):  # the latter of what is nested too deeply
         raise NotJSON("The body is not JSON: send a JSON object") from None
     if not isinstance(body, dict):
         raise NotJSON("The body must be a JSON object")
+
+
+# Here and not where the application is made: a blueprint is one for all applications of a process.
+for guarded in (conversations, streams):
+    guarded.before_request(_require_user)
+    guarded.before_request(_require_json)

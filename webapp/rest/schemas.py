@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -18,6 +19,15 @@ def _storable(value: Any) -> Any:
             raise ValueError("must not contain the NUL character")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("must not contain lone surrogates; send valid Unicode")
+    return value
+
+
+def _json(value: Any) -> Any:
+    """NaN and the infinities, which Python's parser takes, are no JSON: PostgreSQL and the upstream refuse them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must not contain NaN or an infinite number")
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _json(one)
     return value
 
 
@@ -48,7 +58,9 @@ class NewMessageBody(Body):
     content: Text
     conversation_id: UUID | None = Field(None, description="none: a new conversation is made")
     model: Annotated[Text, Field(max_length=200)] | None = Field(None, description="none: the default model")
-    options: dict[str, Any] | None = Field(None, description="the upstream's own options, passed on")
+    options: Annotated[dict[str, Any], BeforeValidator(_json)] | None = Field(
+        None, description="the upstream's own options, passed on"
+    )
     think: bool | Literal["low", "medium", "high"] | None = Field(
         None, description="whether the model is to think aloud"
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any, cast
 from uuid import UUID
 
-import orjson
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
@@ -60,8 +60,8 @@ def _request_key() -> RequestKey | None:
     if not 1 <= len(key) <= 255 or not key.isprintable():
         problem = "must have 1 to 255 printable characters"
         raise Invalid(f"Idempotency-Key {problem}", errors=[{"field": "Idempotency-Key", "message": problem}])
-    body = orjson.dumps(request.get_json(), option=orjson.OPT_SORT_KEYS)
-    return RequestKey(auth.require_user().id, key, hashlib.sha256(body).hexdigest())
+    body = json.dumps(request.get_json(), sort_keys=True)
+    return RequestKey(auth.require_user().id, key, hashlib.sha256(body.encode()).hexdigest())
 
 
 def _start(body: NewMessageBody, key: RequestKey | None) -> SessionView:

@@ -81,9 +81,9 @@ class StreamSessionManager:
         self._require_redis()
         try:
             row = self._database.write(lambda s: self._insert(s, new))
-        except IntegrityError as error:
+        except (IntegrityError, TooManyStreams, Unavailable) as error:
             if new.request_key and (same := self.repeated(new.request_key)):
-                return same  # its twin was quicker
+                return same  # its twin was quicker, and may have taken the last place
             raise self._why_refused(new, error) from error
         # From here on the message is accepted: what fails now is made good by the reaper.
         self._try("open", lambda: self._log.open(row.id, 0), row.id)
@@ -162,8 +162,10 @@ class StreamSessionManager:
         s.add(Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
         return conversation.id
 
-    def _why_refused(self, new: NewMessage, error: IntegrityError) -> Exception:
-        """The partial unique index allows one ACTIVE session a conversation; anything else is a defect."""
+    def _why_refused(self, new: NewMessage, error: Exception) -> Exception:
+        """The partial unique index allows one ACTIVE session a conversation; any other conflict is a defect."""
+        if not isinstance(error, IntegrityError):
+            return error
         active = self._queries.active_in(new.conversation_id) if new.conversation_id else []
         if not active and "conversation" not in str(error.orig):
             return error

@@ -84,6 +84,9 @@ class Reaper:
             state = self._log.state(row.id)
         except RedisError:
             return False
+        except (KeyError, ValueError) as error:  # a newer version's words; that must not keep the others waiting
+            log.warning("reaper.state_unreadable", session_id=str(row.id), error=repr(error))
+            return False
         age_seconds = state.lease_age_seconds if state else None
         return age_seconds is None or age_seconds >= self._settings.lease_seconds
 
