@@ -121,10 +121,24 @@ class TestTheBodysForm:
                 answer = ada.post(path, data=body, content_type="application/json")
                 assert problem(answer, 400, "not_json"), name
 
+    @staticmethod
+    def nested(depth: int) -> bytes:
+        return b'{"content": "hello", "options": {"a": ' + b"[" * depth + b"]" * depth + b"}}"
+
     def test_what_is_nested_too_deeply_is_refused(self, ada: Caller, nothing_written: NothingWritten) -> None:
         with nothing_written:
-            body = b'{"content": "hello", "options": {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}"
-            problem(ada.post(SEND, data=body, content_type="application/json"), 400, "not_json")
+            answer = ada.post(SEND, data=self.nested(100_000), content_type="application/json")
+            problem(answer, 400, "not_json")
+
+    def test_no_depth_is_an_error_of_ours(self, ada: Caller, world: World) -> None:
+        """Whoever has less of the stack left than the parser had must not be the one who finds out."""
+        headers = {"Accept": "application/json", "Idempotency-Key": ""}
+        for depth in range(860, 1000, 7):
+            headers["Idempotency-Key"] = f"depth {depth}"
+            answer = ada.post(SEND, data=self.nested(depth), content_type="application/json", headers=headers)
+            assert answer.status_code in (202, 400, 422), depth
+            if answer.status_code == 202:
+                world.manager.terminate(UUID(answer.get_json()["sessionId"]), TerminationReason.USER)
 
     @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
     def test_another_type_of_content_is_refused(self, ada: Caller, nothing_written: NothingWritten, kind: str) -> None:

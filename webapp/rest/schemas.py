@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from webapp.models import OnDisconnect
+
+DEPTH_LIMIT: Final = 32
+"""Of the upstream's options, which are two deep."""
 
 
 def _storable(value: Any) -> Any:
@@ -22,12 +25,15 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _json(value: Any) -> Any:
-    """NaN and the infinities, which Python's parser takes, are no JSON: PostgreSQL and the upstream refuse them."""
+def _json(value: Any, depth: int = 0) -> Any:
+    """NaN and the infinities, which Python's parser takes, are no JSON: PostgreSQL and the upstream refuse them.
+    And what is nested without end takes the stack of whoever reads it next."""
+    if depth > DEPTH_LIMIT:
+        raise ValueError(f"must not be nested more than {DEPTH_LIMIT} deep")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must not contain NaN or an infinite number")
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _json(one)
+        _json(one, depth + 1)
     return value
 
 
@@ -58,7 +64,7 @@ class NewMessageBody(Body):
     content: Text
     conversation_id: UUID | None = Field(None, description="none: a new conversation is made")
     model: Annotated[Text, Field(max_length=200)] | None = Field(None, description="none: the default model")
-    options: Annotated[dict[str, Any], BeforeValidator(_json)] | None = Field(
+    options: Annotated[dict[str, Any], BeforeValidator(lambda value: _json(value))] | None = Field(
         None, description="the upstream's own options, passed on"
     )
     think: bool | Literal["low", "medium", "high"] | None = Field(
