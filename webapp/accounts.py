@@ -6,15 +6,16 @@ import hashlib
 import hmac
 import re
 import secrets
+from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from webapp.database import Database
-from webapp.errors import Conflict, Invalid, NotFound, Unauthenticated
+from webapp.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
 from webapp.models import SignInToken, User, now
 from webapp.views import UserView
 
@@ -147,11 +148,11 @@ class Accounts:
     def _note_use(self, user: User) -> None:
         moment = now()
         if user.token_used_at is None or (moment - user.token_used_at).total_seconds() > LAST_USE_SECONDS:
-
-            def work(s: Session) -> None:
-                s.get_one(User, user.id).token_used_at = moment
-
-            self._database.write(work)
+            # Nobody's request waits, or fails, for this.
+            with suppress(Unavailable):
+                where = (User.id == user.id) & User.token_used_at.is_not_distinct_from(user.token_used_at)
+                statement = update(User).where(where).values(token_used_at=moment)
+                self._database.write(lambda s: s.execute(statement), busy_limit_seconds=0)
 
 
 def cookie_stamp(token_hash: str) -> str:

@@ -72,13 +72,14 @@ def _wire(app: Flask, settings: Settings) -> Services:
     configure_migrations(app)
     database = open_database(app)
     client = make_redis(settings)
-    token_log = TokenLog(client, live_seconds=_live_seconds(settings), retention_seconds=settings.log_retention_seconds)
-    celery = make_celery(settings, set_as_current=False)
+    token_log = make_token_log(client, settings)
+    celery = make_celery(settings, publisher=True, set_as_current=False)
     queries = SessionQueries(database, token_log)
     queue = CeleryQueue(celery)
     manager = StreamSessionManager(database, token_log, queue, settings, queries)
+    hub_client = make_redis(settings)  # of its own, so that it never waits behind requests
     hub = StreamHub(
-        client,
+        hub_client,
         token_log,
         buffer_bytes=settings.reader_buffer_bytes,
         check_seconds=settings.database_check_seconds,
@@ -103,9 +104,10 @@ def _wire(app: Flask, settings: Settings) -> Services:
     )
 
 
-def _live_seconds(settings: Settings) -> int:
-    """A live log's TTL: the longest that a session can last, and some slack."""
-    return int(settings.queue_timeout_seconds + settings.max_duration_seconds) + settings.log_slack_seconds
+def make_token_log(client: redis.Redis, settings: Settings) -> TokenLog:
+    """The token log over a client; a live log's TTL is the longest that a session can last, and some slack."""
+    live_seconds = int(settings.queue_timeout_seconds + settings.max_duration_seconds) + settings.log_slack_seconds
+    return TokenLog(client, live_seconds=live_seconds, retention_seconds=settings.log_retention_seconds)
 
 
 def _secret_key(settings: Settings) -> str:

@@ -42,19 +42,19 @@ class Database:
         Raises:
             Unavailable: the database cannot be reached, or stayed busy.
         """
-        return self._run(work, write=False)
+        return self._run(work, write=False, busy_limit_seconds=BUSY_LIMIT_SECONDS)
 
-    def write(self, work: Callable[[Session], T]) -> T:
-        """Run work in one transaction and commit it.
+    def write(self, work: Callable[[Session], T], *, busy_limit_seconds: float = BUSY_LIMIT_SECONDS) -> T:
+        """Run work in one transaction and commit it; a busy database is tried again for `busy_limit_seconds`.
 
         Raises:
             Unavailable: as for `read`; nothing was written, or (where the connection broke during
                 the commit) it is not known whether it was.
         """
-        return self._run(work, write=True)
+        return self._run(work, write=True, busy_limit_seconds=busy_limit_seconds)
 
-    def _run(self, work: Callable[[Session], T], *, write: bool) -> T:
-        deadline = time.monotonic() + BUSY_LIMIT_SECONDS
+    def _run(self, work: Callable[[Session], T], *, write: bool, busy_limit_seconds: float) -> T:
+        deadline = time.monotonic() + busy_limit_seconds
         pause_seconds = 0.001
         while True:
             try:

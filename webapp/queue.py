@@ -28,8 +28,12 @@ WORKER_FRESH_SECONDS: Final = 5
 WORKER_TTL_SECONDS: Final = 60
 
 
-def make_celery(settings: Settings, **options: Any) -> Celery:
-    """The Celery application; the same for those who enqueue and those who work."""
+# What a publisher cannot say at once is made good by the reaper, or by the worker's next renewal of its lease.
+_PUBLISHER_PATIENCE: Final = {"max_retries": 0, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.2}
+
+
+def make_celery(settings: Settings, *, publisher: bool = False, **options: Any) -> Celery:
+    """The Celery application; `publisher`: for those who only enqueue and nudge, and must not wait for a broker."""
     # Without a broker nothing is accepted, so nothing is enqueued: `StreamSessionManager.start` asks Redis first.
     broker = settings.effective_broker_url if settings.broker_configured else "memory://"
     app = Celery("sluicegate", broker=broker, **options)
@@ -65,6 +69,8 @@ def make_celery(settings: Settings, **options: Any) -> Celery:
         beat_schedule_filename=str(settings.data_dir / "beat-schedule"),
         timezone="UTC",
     )
+    if publisher:
+        app.conf.broker_transport_options = _PUBLISHER_PATIENCE
     return app
 
 
@@ -131,10 +137,14 @@ def make_redis(settings: Settings) -> redis.Redis:
     if not settings.redis_url:
         # Commands that do not need Redis work without one.
         return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=_NotConfigured))
-    return redis.Redis.from_url(
+    pool = redis.BlockingConnectionPool.from_url(
         settings.effective_redis_url,
+        # Waiting for a connection is no failure of Redis; each generation may want one at the same moment.
+        max_connections=settings.worker_concurrency + 100,
+        timeout=10,
         protocol=2,
         socket_timeout=5,
         socket_connect_timeout=2,
         health_check_interval=30,
     )
+    return redis.Redis(connection_pool=pool)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from ipaddress import ip_address
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import requests
 
@@ -49,11 +51,22 @@ class Upstream:
     def _ask(self) -> list[dict[str, Any]]:
         url = f"{self._settings.ollama_base_url}/api/tags"
         try:
-            answer = requests.get(url, timeout=TIMEOUT_SECONDS)
-            answer.raise_for_status()
-            return [_model(one) for one in answer.json()["models"]]
+            with requests.Session() as http:
+                http.trust_env = not is_loopback(url)
+                answer = http.get(url, timeout=TIMEOUT_SECONDS)
+                answer.raise_for_status()
+                return [_model(one) for one in answer.json()["models"]]
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise Unavailable("The model's server does not answer; is it running?") from error
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL is of this machine, where a proxy that the environment names has no business."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _model(one: dict[str, Any]) -> dict[str, Any]:

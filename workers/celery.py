@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Any
+from typing import Any, Final
 
 import kombu.utils.functional
+import structlog
 from celery.signals import setup_logging, task_revoked, worker_ready, worker_shutting_down
 
 from webapp.config import load_settings
 from webapp.logs import configure_logs
 from webapp.queue import GENERATE_QUEUE, make_celery
 
+log = structlog.get_logger(__name__)
+
+EXIT_SECONDS: Final = 10.0
+"""That Celery has for leaving once the streams are given up."""
+
 # gevent patches `threading` before `time`, and on the way touches Celery's lazy objects, which import kombu: kombu
 # keeps the `sleep` that blocks. It sleeps between two tries to reach the broker, and every stream with it.
 kombu.utils.functional.sleep = time.sleep  # type: ignore[attr-defined]
 
 settings = load_settings()
+settings.data_dir.mkdir(parents=True, exist_ok=True)  # where beat keeps its schedule
 app = make_celery(settings, include=["workers.tasks", "workers.control", "workers.reaper"])
 
 
@@ -35,17 +43,25 @@ def _prepare(sender: Any, **_: object) -> None:
 
     from workers.runtime import runtime
 
-    gevent.spawn(lambda: runtime().report_alive(sender.hostname))
+    own = runtime()  # made here and now: two tasks at once would make two
+    own.report_alive(sender.hostname)
 
     def drain() -> None:
-        sender.cancel_task_queue(GENERATE_QUEUE)
-        runtime().drain()
+        try:
+            sender.cancel_task_queue(GENERATE_QUEUE)
+        except Exception:
+            log.warning("worker.consumer_not_cancelled", exc_info=True)  # the broker is away, and delivers nothing
+        own.drain()
+        gevent.sleep(EXIT_SECONDS)
+        log.warning("worker.left_by_force")  # Celery waits for a broker that does not come back
+        os._exit(0)
 
     def on_shutting_down(**_: object) -> None:
+        own.draining = True
         gevent.spawn(drain)  # this runs inside gevent's hub, where nothing may block
 
     def on_revoked(request: Any, **_: object) -> None:
-        gevent.spawn(runtime().on_revoked, request.id)
+        gevent.spawn(own.on_revoked, request.id)
 
     worker_shutting_down.connect(on_shutting_down, weak=False)
     task_revoked.connect(on_revoked, weak=False)

@@ -69,7 +69,11 @@ class Flusher:
                 self._flush(batch)
                 self.healthy = True
                 return
-            except RedisError as error:
+            except Exception as error:
+                if not isinstance(error, RedisError):
+                    self._dirty = batch | self._dirty
+                    self._wake.set()
+                    raise
                 if self.healthy:
                     log.warning("flusher.redis_lost", sessions=len(batch), error=repr(error))
                 self.healthy = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -19,6 +19,7 @@ import gevent
 import structlog
 from gevent.event import Event
 from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
 
 from webapp.config import Settings
 from webapp.errors import Unavailable
@@ -82,6 +83,10 @@ class Generation:
         self._flushed = Event()
         self._stop: Stop | None = None
         self._lost = False
+        self._finished = False
+        self._broken = False
+        self.held = False
+        """Whether the log has been opened at this epoch, so that there is a lease to renew."""
         self._handing_over = False
         self._refusal: Answer | None = None
         self._reader: gevent.Greenlet | None = None
@@ -115,6 +120,14 @@ class Generation:
             self.stop(answer.reason)
         elif answer.verdict is Verdict.ABSENT:
             self._reopen_later()
+        elif answer.verdict is Verdict.BROKEN:
+            self._break()
+
+    def _break(self) -> None:
+        """The session's keys in Redis are not ours any more: it ends here, with all its text, and harms no other."""
+        self._broken = True
+        self.stop(TerminationReason.INTERNAL, "The stream's token log in Redis was damaged")
+        self._flushed.set()
 
     def beat(self, *, with_text: bool, everything: bool) -> Beat:
         """This session's heartbeat. While Redis answers, only acknowledged text is checkpointed."""
@@ -127,7 +140,7 @@ class Generation:
     # -- the flusher's source ------------------------------------------------------------------
 
     def pending(self) -> Sequence[Append | Mark]:
-        if self._lost or self._refusal is not None:
+        if self._lost or self._finished or self._broken or self._refusal is not None:
             return ()
         return [*self._marks, *self.transcript.unacknowledged(self.session_id, self.epoch)]
 
@@ -144,12 +157,16 @@ class Generation:
         elif answer.fenced and answer.reason is not None:
             self._refusal = answer
             self.stop(answer.reason)
+        elif answer.verdict is Verdict.BROKEN:
+            self._break()
         else:
             self.lose()
         self._flushed.set()
 
     def reopen(self, token_log: TokenLog) -> None:
         """Redis lost the state: make it again and send all text once more."""
+        if self._finished:
+            return
         answer = token_log.open(self.session_id, self.epoch, self.owner)
         log.warning("stream.log_rebuilt", session_id=str(self.session_id), length=self.transcript.length)
         if answer.verdict is Verdict.STALE:
@@ -169,6 +186,9 @@ class Generation:
         assignment = self._ports.manager.claim(self.session_id, self.owner)
         if assignment is None:
             return
+        # The checkpoint first: from the moment that the epoch is known the keeper writes heartbeats.
+        self.transcript.preload(assignment.checkpoint, assignment.checkpoint_thinking_length, 0)
+        self.checkpointed = len(assignment.checkpoint)
         self.epoch, self._attempt = assignment.epoch, assignment.attempt
         try:
             opened = self._open(assignment)
@@ -178,6 +198,8 @@ class Generation:
                 self._finish()
         except Lost:
             log.info("stream.lost_to_another", session_id=str(self.session_id), epoch=self.epoch)
+        finally:
+            self._finished = True
 
     def _open(self, assignment: Assignment) -> Answer:
         """OPEN the log at the new epoch, and take over the text that earlier attempts left."""
@@ -185,12 +207,12 @@ class Generation:
         if answer.verdict is Verdict.STALE:
             raise Lost
         self._phase = StreamPhase.LOADING
+        self.held = True
         if self.epoch > 1:
             text, thinking_length = self._patiently("read", lambda: self._ports.log.text(self.session_id))
             if len(assignment.checkpoint) > len(text):
                 text, thinking_length = assignment.checkpoint, assignment.checkpoint_thinking_length
             self.transcript.preload(text, thinking_length, min(answer.end, len(text)))
-        self.checkpointed = len(assignment.checkpoint)
         if answer.fenced:
             self._refusal = answer
         return answer
@@ -210,8 +232,10 @@ class Generation:
         if self._stop is None:
             self._mark(StreamPhase.LOADING)
             self._reader = gevent.spawn(self._read, self._request(assignment))
-            self._watch(assignment.claimed_at)
-        self._close_upstream()
+            try:
+                self._watch(assignment.claimed_at)
+            finally:
+                self._close_upstream()
 
     def _request(self, assignment: Assignment) -> ChatRequest:
         """The question; where earlier attempts left a partial answer, the model is to go on with it."""
@@ -324,6 +348,11 @@ class Generation:
             except Unavailable as error:
                 log.warning("stream.commit_retried", session_id=str(self.session_id), error=error.detail)
                 gevent.sleep(RETRY_SECONDS)
+            except DBAPIError:
+                if outcome.stats is None and outcome.detail is None:
+                    raise
+                log.exception("stream.commit_without_stats", session_id=str(self.session_id))
+                outcome = replace(outcome, stats=None, detail=None)  # the text is what must be kept
 
     def _fence(self, stop: Stop) -> Answer:
         """Take the fence at this worker's epoch. A natural end first has all its text in the log.
@@ -337,6 +366,8 @@ class Generation:
                 raise Lost
             if self._refusal is not None:
                 return self._refusal
+            if self._broken:
+                break
             if stop.natural and not self._flush_all(deadline):
                 break
             try:
@@ -355,6 +386,8 @@ class Generation:
             return answer
         if answer.verdict is Verdict.STALE:
             raise Lost
+        if answer.verdict is Verdict.BEHIND:
+            self.transcript.rewind(min(answer.end, self.transcript.length))
         if answer.verdict is Verdict.ABSENT:
             self._reopen_later()
             self._flush_all(deadline)

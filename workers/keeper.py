@@ -47,7 +47,7 @@ class Keeper:
         """Every `lease_renew_seconds`, one command for all sessions. Runs until killed."""
         while True:
             gevent.sleep(self._settings.lease_renew_seconds)
-            held = self._claimed()
+            held = [one for one in self._claimed() if one.held]
             try:
                 refused = self._log.renew([(one.session_id, one.epoch) for one in held])
                 self._redis_answers = True

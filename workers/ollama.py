@@ -10,6 +10,8 @@ exception that kills it passes through urllib3, which closes the connection on t
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from urllib3.exceptions import HTTPError
 
 from webapp.errors import SluicegateError
 from webapp.streams.lifecycle import TerminationReason
+from webapp.upstream import is_loopback
 
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 _STATS: Final = (
@@ -87,6 +90,8 @@ class OllamaService:
         """
         try:
             with requests.Session() as http:
+                # A proxy of the environment is for the world outside.
+                http.trust_env = not is_loopback(self._base_url)
                 on_open()
                 with http.post(
                     f"{self._base_url}/api/chat",
@@ -103,17 +108,20 @@ class OllamaService:
 
     def _read(self, response: requests.Response, on_text: Callable[[str, str], None]) -> ChatEnd:
         """Hand on, for each chunk that arrives, the text of all its lines together."""
+        spoken = False
         for lines in self._lines(response):
             thinking: list[str] = []
             content: list[str] = []
             end: ChatEnd | None = None
             try:
                 for line in lines:
-                    end = _take(line, thinking, content)
+                    # Thinking after the first content does not count, however the network has cut the lines.
+                    end = _take(line, [] if spoken or content else thinking, content)
                     if end is not None:
                         break
             finally:
                 if thinking or content:
+                    spoken = spoken or bool(content)
                     on_text(clean("".join(thinking)), clean("".join(content)))
             if end is not None:
                 return end
@@ -151,7 +159,14 @@ def _take(line: bytes, thinking: list[str], content: list[str]) -> ChatEnd | Non
     if data.get("done") is not True:
         return None
     reason = TerminationReason.LENGTH if data.get("done_reason") == "length" else TerminationReason.STOP
-    return ChatEnd(reason, {name: data[name] for name in _STATS if name in data})
+    return ChatEnd(reason, {name: data[name] for name in _STATS if _is_figure(data.get(name))})
+
+
+def _is_figure(value: Any) -> bool:
+    """What a database takes as JSON, and no more than a figure or a word."""
+    if isinstance(value, str):
+        return len(value) <= 100 and clean(value) == value
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 2**63
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -166,8 +181,6 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _parse_leniently(line: bytes) -> Any:
     """What orjson refuses but can be read: lone surrogates as escapes, and bytes that are not UTF-8."""
-    import json
-
     try:
         return json.loads(line.decode("utf-8", errors="replace"), strict=False)
     except ValueError:

@@ -9,11 +9,13 @@ from uuid import UUID
 
 import gevent
 import structlog
+from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
-from webapp.app import Services, make_services
+from webapp.app import Services, make_services, make_token_log
 from webapp.config import load_settings
 from webapp.errors import NotFound, Unavailable
+from webapp.queue import make_redis
 from webapp.streams.lifecycle import TerminationReason
 from workers.flusher import Flusher, keep_running
 from workers.generate import Generation, Ports
@@ -33,8 +35,9 @@ class Runtime:
     def __init__(self, services: Services) -> None:
         settings = services.settings
         self.table: dict[UUID, Generation] = {}
-        flusher = Flusher(services.log)
-        keeper = Keeper(self.table, services.manager, services.log, flusher, settings)
+        # Connections of their own: those that serve every stream never wait behind one of them.
+        flusher = Flusher(make_token_log(make_redis(settings), settings))
+        keeper = Keeper(self.table, services.manager, make_token_log(make_redis(settings), settings), flusher, settings)
         ollama = OllamaService(
             settings.ollama_base_url,
             connect_timeout_seconds=settings.upstream_connect_timeout_seconds,
@@ -44,7 +47,8 @@ class Runtime:
         self._workers = services.workers
         self._settings = settings
         self._queue = services.queue
-        self._draining = False
+        self.draining = False
+        """Set when the worker is told to stop: what comes now goes back."""
         for name, loop in (("flusher", flusher.run), ("leases", keeper.renew_leases), ("heartbeats", keeper.beat)):
             gevent.spawn(keep_running, name, loop)
 
@@ -65,7 +69,7 @@ class Runtime:
         """Run one session to its end, or return at once where it runs here already."""
         if session_id in self.table:
             return
-        if self._draining:
+        if self.draining:
             # Celery takes messages for a moment longer after it was told to stop: they go back, not at once,
             # or this worker would take them again and again.
             gevent.sleep(SEND_BACK_SECONDS)
@@ -82,19 +86,21 @@ class Runtime:
         """Celery's own termination kills the task's greenlet wherever it is; the run is in another, which it
         cannot strike, and is told to end as `revoked`."""
         run = gevent.spawn(generation.run)
-        try:
-            run.join()
-        except gevent.GreenletExit:
-            if self._draining:  # a cold shutdown kills all tasks, which nobody means as the end of their streams
-                generation.hand_over()
-            else:
-                generation.stop(TerminationReason.REVOKED)
-            run.join()
+        while not run.ready():
+            try:
+                run.join()
+            except gevent.GreenletExit:
+                # A cold shutdown kills all tasks, which nobody means as the end of their streams. Celery's own
+                # signal for it does not always come: sending it from gevent's hub may fail.
+                if self.draining or worker_state.should_terminate is not None:
+                    generation.hand_over()
+                else:
+                    generation.stop(TerminationReason.REVOKED)
         run.get(block=False)  # raises what the run raised
 
     def drain(self) -> None:
         """Let the running streams end for a grace, then give the rest up to another worker. Blocks."""
-        self._draining = True
+        self.draining = True
         log.info("worker.draining", streams=len(self.table), grace_seconds=self._settings.drain_seconds)
         deadline = time.monotonic() + self._settings.drain_seconds
         while self.table and time.monotonic() < deadline:

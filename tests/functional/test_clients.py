@@ -204,6 +204,14 @@ def test_one_active_stream_a_conversation(stack: Stack, client: Client) -> None:
     assert answer.status_code == 404
 
 
+def test_a_hundred_and_fifty_at_once(stack: Stack, client: Client) -> None:
+    """More than a pool has connections: all are accepted, all are answered."""
+    with ThreadPoolExecutor(150) as pool:
+        sessions = list(pool.map(lambda n: client.post_message("me", model=f"name=n{n},tokens=5"), range(150)))
+        endings = list(pool.map(lambda one: client.follow(one["sessionId"]).wait_until_done(60), sessions))
+    assert {ending["reason"] for ending in endings} == {"stop"}
+
+
 class TestAnIdempotencyKey:
     """A client that got no answer may ask again."""
 

@@ -47,6 +47,14 @@ def test_a_worker_that_is_asked_to_stop(stack: Stack, client: Client, upstream: 
     assert_went_on(stack, client, sessions, readers)
 
 
+def test_a_worker_that_is_told_to_leave_at_once(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
+    """SIGQUIT kills its tasks, which nobody means as the end of their streams."""
+    sessions, readers = begin(client)
+    stack.start_worker()
+    stack.worker.container.kill("SIGQUIT")
+    assert_went_on(stack, client, sessions, readers)
+
+
 def test_a_worker_that_is_killed(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
     """SIGKILL: its leases lapse, the reaper finds it lost, and another worker goes on."""
     stack.start_reaper()

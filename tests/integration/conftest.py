@@ -94,7 +94,10 @@ def app(session_app: APIFlask, world: World) -> APIFlask:
 @pytest.fixture(scope="session", autouse=True)
 def logs_go_to_pytest() -> None:
     """What is logged is shown with the test that fails, and nowhere else."""
-    logging.getLogger().addHandler(logging.NullHandler())  # for threads that end between two tests
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
+        root.removeHandler(handler)  # of a command that ran in this process, to an output that is closed
+    root.addHandler(logging.NullHandler())  # for threads that end between two tests
     structlog.configure(
         processors=[
             structlog.stdlib.add_log_level,

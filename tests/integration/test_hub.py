@@ -559,6 +559,42 @@ class TestASubscription:
         assert taken == [*range(1, count + 1)]
 
 
+class TestOneReadersTrouble:
+    def test_a_cursor_beyond_the_log_is_nobody_elses(self, world: World, read: Readers) -> None:
+        """The hub reads one position a log: one reader's wild cursor must not become all readers'."""
+        worker = world.run()
+        worker.say("one ")
+        read(world, worker.session_id, Position(1_000_000, 0))
+        follows(world)
+        other = read(world, worker.session_id)
+        have([other], "one ")
+        worker.say("two")
+        have([other], "one two")
+        began = time.monotonic()
+        worker.end()
+        assert other.finish().content == "one two"
+        assert time.monotonic() - began < 1  # not when the database was asked
+
+    def test_one_that_comes_between_a_loss_and_its_mending_misses_nothing(self, world: World, read: Readers) -> None:
+        worker = world.run()
+        worker.say("hm ", THINKING)
+        worker.say("one ")
+        early = read(world, worker.session_id)
+        have([early], "one ")
+        world.forget(worker.session_id)
+        late = read(world, worker.session_id)
+        wait_until(lambda: late.events, what="the late reader has begun")
+        world.log.open(worker.session_id, worker.epoch, worker.owner)
+        world.log.append(Append(worker.session_id, worker.epoch, 0, THINKING, "hm "))
+        world.log.append(Append(worker.session_id, worker.epoch, 3, MESSAGE, "one "))
+        worker.say("two ")
+        have([early, late], "one two ")
+        worker.say("three")
+        worker.end()
+        assert [reader.finish().content for reader in (early, late)] == ["one two three"] * 2
+        assert late.thinking == "hm "
+
+
 class TestTheDatabasesPart:
     def test_a_stream_that_has_ended_outlives_its_log(self, world: World, read: Readers) -> None:
         worker = world.run()
@@ -606,7 +642,7 @@ class TestTheDatabasesPart:
         self, world: World, world_with: MakeWorld, read: Readers
     ) -> None:
         worker = world.run()
-        reader = read(world_with(redis_url=CLOSED_REDIS), worker.session_id)
+        reader = read(world_with(redis_url=CLOSED_REDIS, database_check_seconds=0.1), worker.session_id)
         wait_until(lambda: reader.comments)
         text = write(worker, 3)
         worker.end()

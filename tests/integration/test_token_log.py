@@ -649,10 +649,21 @@ class TestManyInOnePipeline:
     def test_none_is_nothing(self, client: redis.Redis) -> None:
         assert Log(client).verbs.apply([]) == []
 
-    def test_an_error_of_redis_is_raised(self, log: Log) -> None:
+    def test_one_sessions_broken_keys_are_its_own_trouble(self, log: Log) -> None:
+        other = Log(log.redis)
+        other.open()
         log.redis.set(log_key(log.id), "not a stream")
-        with pytest.raises(redis.ResponseError):
-            log.append(0, "text")
+        answers = log.verbs.apply([log.piece(0, "text"), other.piece(0, "text")])
+        assert [answer.verdict for answer in answers] == [Verdict.BROKEN, Verdict.OK]
+
+    def test_a_broken_state_costs_no_other_its_lease(self, log: Log) -> None:
+        other = Log(log.redis)
+        other.open()
+        log.redis.set(state_key(log.id), "not a hash")
+        assert log.verbs.renew([(log.id, 1), (other.id, 1)]) == [(log.id, Answer(Verdict.BROKEN))]
+        lease = other.state().lease_age_seconds
+        assert lease is not None
+        assert lease < 1
 
 
 class TestRedisItself:

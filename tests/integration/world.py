@@ -82,7 +82,8 @@ class World:
     def close(self) -> None:
         """Let followers, threads and connections to Redis go."""
         self.services.hub.close()
-        self.redis.close()
+        for client in (self.redis, self.services.hub._redis):
+            client.connection_pool.disconnect()
 
     # People and conversations
 

@@ -131,7 +131,15 @@ class TestAnswers:
         model = "tokens=5,pace=0,thinking=4,late_thinking_at=2"
         ask(own.url, heard, model)
         assert heard.content == expected_text(model).content
-        assert heard.thinking == expected_text(model).thinking + "late2 "  # the transcript drops what is late
+        assert heard.thinking == expected_text(model).thinking
+
+    def test_late_thinking_does_not_count_however_the_lines_arrive(self, heard: Heard) -> None:
+        """In one chunk as in several."""
+        late = b'{"message": {"thinking": "late"}}\n'
+        early = b'{"message": {"thinking": "early"}}\n'
+        with answering(HEAD + b"\r\n" + early + line("a") + late + line("b") + DONE_LINE) as url:
+            ask(url, heard, "m")
+        assert (heard.thinking, heard.content) == ("early", "ab")
 
     @pytest.mark.parametrize("size_bytes", [1, 3, 7, 1000])
     def test_characters_may_arrive_in_parts(self, own: Upstream, heard: Heard, size_bytes: int) -> None:

@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic.alias_generators import to_camel
 
 from webapp.models import OnDisconnect
@@ -67,7 +67,7 @@ class NewMessageBody(Body):
     options: Annotated[dict[str, Any], BeforeValidator(lambda value: _json(value))] | None = Field(
         None, description="the upstream's own options, passed on"
     )
-    think: bool | Literal["low", "medium", "high"] | None = Field(
+    think: StrictBool | Literal["low", "medium", "high"] | None = Field(
         None, description="whether the model is to think aloud"
     )
     keep_alive: Annotated[Text, Field(max_length=20)] | None = Field(None, description="passed on to the upstream")

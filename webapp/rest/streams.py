@@ -67,6 +67,7 @@ def _request_key() -> RequestKey | None:
 def _start(body: NewMessageBody, key: RequestKey | None) -> SessionView:
     services = current_app.extensions["sluicegate"]
     if key is not None and (same := services.manager.repeated(key)):
+        auth.require(same.conversation_id, Action.READ)  # it may have been deleted since, or taken from the user
         return cast(SessionView, same)
     user = auth.require_user()
     _check_length(body.content, services.settings.message_limit_characters)

@@ -67,6 +67,7 @@ class Follower:
         self._subscription: Subscription | None = None
         self._closed = False
         self._finished = False
+        self._gap = False
 
     @property
     def session_id(self) -> UUID:
@@ -110,10 +111,14 @@ class Follower:
     def _live(self) -> Iterator[bytes]:
         while not self._is_over():
             try:
+                self._gap = False
                 yield from self._from_log()
                 if self._is_over():
                     return
-                yield from self._from_hub()
+                if self._gap:  # a log that Redis lost is being made anew
+                    time.sleep(RETRY_SECONDS)
+                else:
+                    yield from self._from_hub()
             except (RedisError, Unavailable) as error:
                 log.warning("reader.waits", session_id=str(self.session_id), error=repr(error))
                 yield from self._without_redis()
@@ -130,7 +135,9 @@ class Follower:
 
     def _from_hub(self) -> Iterator[bytes]:
         """What arrives from now on; returns when the reader is behind, has all, or is gone."""
-        subscription, begins = self._hub.attach(self.session_id, self._cursor)
+        # The hub reads one position a log for all its followers: a cursor that lies beyond the log must not become it.
+        log_end = self._log.last_position(self.session_id) or START
+        subscription, begins = self._hub.attach(self.session_id, min(self._cursor, log_end))
         self._subscription = subscription
         try:
             if begins > self._cursor:
@@ -141,6 +148,8 @@ class Follower:
                     yield piece
                 elif not items and signal is None:
                     yield COMMENT
+                if self._gap:
+                    return
                 if signal is Signal.ENDED and not self._finished:
                     yield from self._from_database()
                 if signal is Signal.CLOSED:
@@ -157,21 +166,34 @@ class Follower:
             return b""
         offset = self._cursor.offset
         if entry.start > offset or (entry.kind == DONE and entry.position.offset > offset):
-            # Text is missing here, which only a log that was lost and not rebuilt lacks: the database has it.
+            # Text is missing here, which only a log that was lost lacks. Once the session has ended, the database
+            # has it; before, the log will have it again.
+            self._gap = True
             return b"".join(self._from_database()) if entry.kind == DONE else b""
         self._cursor = entry.position
         self._finished = entry.kind == DONE
         return entry.after(offset).encode() if entry.is_text and entry.start < offset else encoded or entry.encode()
 
     def _without_redis(self) -> Iterator[bytes]:
-        """A pause; or, where the session has ended meanwhile, what the database has."""
+        """A pause; or, where the session has ended meanwhile, what the database has. The hub asks for all readers."""
         yield COMMENT
-        time.sleep(RETRY_SECONDS)
+        subscription, _ = self._hub.attach(self.session_id, START)
+        self._subscription = subscription
         try:
-            if self._queries.ended_among([self.session_id]):
+            if self._closed:
+                return
+            _, signal = subscription.take(self._settings.database_check_seconds)
+            if signal is Signal.ENDED:
                 yield from self._from_database()
+            elif signal is Signal.CLOSED:
+                self._closed = True
+            else:
+                time.sleep(RETRY_SECONDS)
         except Unavailable:
-            return
+            time.sleep(RETRY_SECONDS)
+        finally:
+            self._subscription = None
+            self._hub.detach(self.session_id, subscription)
 
     # -- after the end -------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from webapp.errors import Unavailable
 from webapp.streams.events import DONE_SEQ, KIND_CODES, START, LogEntry, Position, phase_data
@@ -38,6 +38,8 @@ class Verdict(StrEnum):
     STALE = "STALE"
     BEHIND = "BEHIND"
     ABSENT = "ABSENT"
+    BROKEN = "BROKEN"
+    """The keys of this one session are not what they should be; nothing was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def _script(verb: str) -> tuple[str, str]:
 
 def _answer(raw: Sequence[Any]) -> Answer:
     verdict = Verdict(raw[0].decode())
-    if verdict in (Verdict.ABSENT, Verdict.STALE):
+    if verdict in (Verdict.ABSENT, Verdict.STALE, Verdict.BROKEN):
         return Answer(verdict)
     end, thinking_length = int(raw[1]), int(raw[2]) if len(raw) > 2 else 0
     if len(raw) > 4:
@@ -157,10 +159,7 @@ class TokenLog:
             for verb in ("append", "mark"):
                 self._redis.script_load(_script(verb)[0])
             raws = self._pipeline(operations)  # the verbs may be repeated
-        for raw in raws:
-            if isinstance(raw, Exception):
-                raise raw
-        return [_answer(raw) for raw in raws]
+        return [_answer_or_broken(raw) for raw in raws]
 
     def _pipeline(self, operations: Sequence[Append | Mark]) -> list[Any]:
         pipe = self._redis.pipeline(transaction=False)
@@ -250,6 +249,15 @@ class TokenLog:
             return self._redis.evalsha(sha, key_count, *args)
         except NoScriptError:
             return self._redis.eval(lua, key_count, *args)
+
+
+def _answer_or_broken(raw: Any) -> Answer:
+    """One session's broken keys are its own trouble; what concerns Redis as a whole is raised."""
+    if type(raw) is ResponseError:  # its subclasses say that Redis is full, read-only, and the like
+        return Answer(Verdict.BROKEN)
+    if isinstance(raw, Exception):
+        raise raw
+    return _answer(raw)
 
 
 def text_of(entries: Iterable[LogEntry]) -> tuple[str, int]:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from webapp.config import Settings
 from webapp.database import Database
-from webapp.errors import ConversationBusy, Invalid, TooManyStreams, Unavailable
+from webapp.errors import ConversationBusy, Invalid, NotFound, TooManyStreams, Unavailable
 from webapp.models import (
     Conversation,
     Member,
@@ -122,6 +122,8 @@ class StreamSessionManager:
         if settings.max_queued_streams and rows.queue_length(s) >= settings.max_queued_streams:
             raise Unavailable("The queue is full; try again", retry_after_seconds=10)
         moment = now()
+        if new.conversation_id and not rows.keep_visible(s, new.conversation_id):
+            raise NotFound(f"There is no conversation {new.conversation_id} that you can see")
         conversation_id = new.conversation_id or self._insert_conversation(s, new)
         question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
         answer = Message(

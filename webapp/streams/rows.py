@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from webapp.models import IdempotencyKey, Message, MessageRole, StreamSession, User, UTCDateTime
+from webapp.models import Conversation, IdempotencyKey, Message, MessageRole, StreamSession, User, UTCDateTime
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason, sources_of
 from webapp.streams.ports import RequestKey
 
@@ -274,6 +274,12 @@ def lock_user(s: Session, user_id: UUID) -> None:
     s.execute(select(User.id).where(User.id == user_id).with_for_update(key_share=True))
 
 
+def keep_visible(s: Session, conversation_id: UUID) -> bool:
+    """Whether a conversation is not deleted; it cannot be before this transaction ends."""
+    where = (Conversation.id == conversation_id) & Conversation.deleted_at.is_(None)
+    return s.scalar(select(Conversation.id).where(where).with_for_update(read=True)) is not None
+
+
 def active_count(s: Session, user_id: UUID) -> int:
     """How many sessions of a user are ACTIVE."""
     where = (StreamSession.user_id == user_id) & (StreamSession.status == ACTIVE)
@@ -308,8 +314,3 @@ def history(s: Session, row: StreamSession, limit_characters: int) -> list[dict[
     while len(said) > 1 and said[-1]["role"] != MessageRole.USER:
         said.pop()  # a history that was cut begins with a question
     return said[::-1]
-
-
-def user_name(s: Session, user_id: UUID) -> str | None:
-    """The name that a session's `terminatedBy` shows."""
-    return s.scalar(select(User.name).where(User.id == user_id))

@@ -4,8 +4,10 @@ local now = redis.call('TIME')
 local now_us = string.format('%.0f', now[1] * 1000000 + now[2])
 local refused = {}
 for index, key in ipairs(KEYS) do
-  local state = redis.call('HMGET', key, 'epoch', 'fence', 'end', 'tlen', 'fenced_us')
-  if not state[1] or tonumber(state[1]) < tonumber(ARGV[index]) then
+  local state = redis.pcall('HMGET', key, 'epoch', 'fence', 'end', 'tlen', 'fenced_us')
+  if state.err then -- one session's broken key must not cost the others their leases
+    refused[#refused + 1] = {index, 'BROKEN'}
+  elseif not state[1] or tonumber(state[1]) < tonumber(ARGV[index]) then
     refused[#refused + 1] = {index, 'ABSENT'}
   elseif state[1] ~= ARGV[index] then
     refused[#refused + 1] = {index, 'STALE', state[1]}
