@@ -40,6 +40,9 @@ class Said:
         if answer.ok and isinstance(operation, Append):
             self.end = operation.end
             self.left.pop(0)
+        elif answer.verdict is Verdict.BEHIND:  # it was written, and the answer to that did not come through
+            self.end = answer.end
+            self.left.pop(0)
 
     def reopen(self, token_log: TokenLog) -> None:
         self.end = token_log.open(self.session_id, 1).end
@@ -97,8 +100,9 @@ def test_a_session_that_fails_stops_no_other(log: TokenLog, flusher: Flusher) ->
     failing.failure = ValueError("a defect")
     flusher.submit(failing)
     flusher.submit(sound)
-    written(sound)
+    written(failing, sound)
     assert log.text(sound.session_id)[0] == "one two"
+    assert log.text(failing.session_id)[0] == "text"
 
 
 def test_an_emptied_redis_is_written_again(log: TokenLog, flusher: Flusher, client: redis.Redis) -> None:

@@ -255,7 +255,9 @@ def unclaimed(s: Session, at: datetime, limit: int) -> list[UUID]:
     """Sessions without an owner that are to be looked at again by now."""
     due = StreamSession.requeue_at.is_(None) | (StreamSession.requeue_at <= at)
     where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None) & due
-    return list(s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.requeue_at).limit(limit)))
+    return list(
+        s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.requeue_at.nulls_first()).limit(limit))
+    )
 
 
 def unpublished(s: Session, before: datetime, limit: int) -> list[UUID]:
