@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +121,16 @@ class TestFlower:
     def test_a_configured_one_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLUICEGATE_FLOWER_BASIC_AUTH", "me:mine")
         assert flower_credentials(load_settings()) == "me:mine"
+
+
+def test_a_redis_that_is_configured_and_away_is_said_at_once(tmp_path: Path) -> None:
+    environment = os.environ | {"REDIS_URL": "redis://127.0.0.1:1/0", "SLUICEGATE_DATA_DIR": str(tmp_path / "data")}
+    command = [str(Path(sys.executable).with_name("sluicegate")), "up", "--port", "0"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sluicegate: REDIS_URL: redis://127.0.0.1:1/0 cannot be reached")
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) != 0
+    assert "Commands:" in capsys.readouterr().out

@@ -49,6 +49,9 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "sluicegate"
         return _fail(f"{error.format_message()} (see `{command} --help`)", error.exit_code)

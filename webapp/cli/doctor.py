@@ -167,6 +167,8 @@ def _redis_client(settings: Settings) -> Any:
 
 
 def _broker(settings: Settings) -> str:
+    if not settings.broker_configured:
+        raise Trouble("neither CELERY_BROKER_URL nor REDIS_URL is set", _START_IT)
     with _celery(settings).connection_for_write(connect_timeout=_TIMEOUT_SECONDS) as connection:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_TIMEOUT_SECONDS)

@@ -32,7 +32,10 @@ def _draw(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, box=SIMPLE)
+    table = Table(box=SIMPLE)
+    for number, column in enumerate(columns):
+        # What a row is named by is what another command is given: it is never cut.
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

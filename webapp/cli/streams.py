@@ -45,7 +45,7 @@ def list_streams(active: bool, user_name: str | None, model: str | None, limit: 
 
 
 @streams.command()
-@click.argument("ids", nargs=-1, type=click.UUID, metavar="ID...")
+@click.argument("ids", nargs=-1, type=click.UUID, metavar="[ID]...")
 @click.option("--user", "user_name", metavar="NAME", help="All that NAME began.")
 @click.option("--model", metavar="NAME", help="All of one model.")
 @click.option("--all", "everything", is_flag=True, help="All there are.")

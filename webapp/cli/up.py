@@ -183,6 +183,7 @@ class Deployment:
 
     def _embed_valkey(self) -> None:
         if self._settings.redis_url:
+            _require_redis(self._settings)
             return
         from webapp.embedded.valkey import EmbeddedValkey
 
@@ -350,6 +351,23 @@ def _is_given(variable: str) -> bool:
     from webapp.embedded.runtime import read_environment
 
     return bool(os.environ.get(variable) or read_environment(Path(".env")).get(variable))
+
+
+def _require_redis(settings: Settings) -> None:
+    """One that is configured and does not answer is said now, and not after everything has waited for it."""
+    from redis.exceptions import RedisError
+
+    from webapp.config import mask_url
+    from webapp.errors import ConfigurationError
+    from webapp.queue import make_redis
+
+    try:
+        make_redis(settings).ping()
+    except RedisError as error:
+        url = mask_url(settings.redis_url)
+        raise ConfigurationError(
+            f"REDIS_URL: {url} cannot be reached: start it, or unset REDIS_URL ({error})"
+        ) from None
 
 
 def _raise_descriptor_limit() -> None:

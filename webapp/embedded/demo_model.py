@@ -52,7 +52,7 @@ server-sent events to this page. Only the author is missing.
 
 1. **Press Stop** while I am writing. The text ends at once, and what you see is what is saved, to the character.
 2. **Reload the page**, or open it in a second window. The stream goes on where it was, in both.
-3. **Go on** after a stop. The same message is taken up where its text ends.
+3. **Restart everything** while I am writing. The same message is taken up where its text ended.
 
 > A stop is a fence: nothing that comes after it is ever shown to anyone, and nothing that was shown before it \
 is lost.
