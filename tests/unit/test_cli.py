@@ -14,6 +14,7 @@ import pytest
 
 from webapp import cli
 from webapp.cli.flower import flower_credentials
+from webapp.cli.output import print_table
 from webapp.config import Settings, load_settings
 
 
@@ -134,3 +135,16 @@ def test_a_redis_that_is_configured_and_away_is_said_at_once(tmp_path: Path) -> 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([]) != 0
     assert "Commands:" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_leaves_columns_out_and_cuts_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    identity = "01a204f1-ab24-70fe-b6f4-fa6b87151910"
+    print_table(("Session", "Status", "Started", "Ended"), [(identity, "ACTIVE", "x" * 20, "y" * 40)])
+    shown = capsys.readouterr().out
+    assert identity in shown
+    assert "x" * 20 in shown
+    assert "want of width: Ended" in shown

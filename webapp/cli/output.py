@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+_COLUMN_GAP = 3
+
 
 def print_json(value: Any) -> None:
     """Indented JSON; a moment as RFC 3339, anything else unknown as its text."""
@@ -26,19 +28,30 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     _draw(columns, cells)
 
 
-def _draw(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
+def _draw(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE)
-    for number, column in enumerate(columns):
-        # What a row is named by is what another command is given: it is never cut.
-        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    console = Console()
+    shown = _fitting(columns, cells, console.width)
+    table = Table(*columns[:shown], box=SIMPLE)
     for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(cell, no_wrap=True) for cell in row[:shown]))
+    console.print(table)
+    if shown < len(columns):
+        console.print(f"  Not shown, for want of width: {', '.join(columns[shown:])}", style="dim")
+
+
+def _fitting(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> int:
+    """How many columns, from the first on, fit whole; an id that is cut is of no use to another command."""
+    used = 1
+    for number, column in enumerate(columns):
+        used += max(len(column), *(len(row[number]) for row in cells), 0) + _COLUMN_GAP
+        if used > width:
+            return max(1, number)
+    return len(columns)
 
 
 def _as_text(value: Any) -> str:
