@@ -29,7 +29,7 @@ endif
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(STAMP) ## Build .venv with everything that running, testing and linting need
@@ -42,7 +42,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	  echo "'$(PYTHON) -m venv' failed: install the venv module (on Debian: apt-get install python3-venv)" >&2; \
 	  rm -rf $(VENV); exit 1; }
 	@echo "Installing into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,otel]'
 	@printf '%s\n' "$(CURDIR)" > $@
 
 .PHONY: run
@@ -70,11 +70,19 @@ model: install ## Check the model of the protocol; needs spin and a C compiler
 	@command -v spin >/dev/null || { echo "spin is not installed: get it from your system's packages" >&2; exit 1; }
 	$(BIN)/python docs/model/check.py
 
+.PHONY: bench-stability
+bench-stability: install ## Measure what streams leave behind, and what each takes; ARGS="--short"
+	$(BIN)/python -m bench.stability $(ARGS)
+
+.PHONY: bench-reaper
+bench-reaper: install ## Measure a pass of the reaper beside a million ended sessions
+	$(BIN)/python -m bench.reaper $(ARGS)
+
 .PHONY: lock
 lock: ## Write constraints.txt anew, with the newest version of everything
 	rm -rf .lock
 	$(PYTHON) -m venv .lock
-	.lock/bin/python -m pip install --quiet '.[test,dev]'
+	.lock/bin/python -m pip install --quiet '.[test,dev,otel]'
 	{ head -1 constraints.txt; .lock/bin/python -m pip freeze --exclude sluicegate; } > .lock/constraints.txt
 	mv .lock/constraints.txt constraints.txt
 	rm -rf .lock build

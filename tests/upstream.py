@@ -87,6 +87,7 @@ class Script:
     late_thinking_at: int | None = None  # a piece of thinking between the content
     nul_at: int | None = None  # the token holds U+0000
     surrogate_at: int | None = None  # the token holds a lone surrogate
+    width: int = 0  # characters that a content token has at least
     long_line_at: tuple[int, int] | None = None  # INDEX:BYTES, the length of that token
     split_bytes: int = 0  # every line is sent in chunks of so many bytes; 0: whole
 
@@ -118,7 +119,7 @@ class Script:
             text += "\ud800"
         if self.long_line_at and index == self.long_line_at[0]:
             text = text.ljust(self.long_line_at[1] - 1, "x")
-        return text + " "
+        return text.ljust(self.width - 1, "x") + " "
 
     def thinking_token(self, index: int) -> str:
         """The thinking token of this number."""

@@ -8,10 +8,14 @@ What each room is:
   nor Celery.
 - `queue` is the Celery instance, and the queue as the heart sees it. `upstream` asks the model's server what it offers.
 - `accounts`, `conversations` and `auth`: users and their tokens, what belongs to whom, and who may do what.
-- `rest/` and `pages/` are the faces: thin, over the heart.
+- `calls` is what a user may ask for, with its permissions; `schemas` what requests may hold; `readers` the connection
+  that a stream is sent over.
+- `limits` is how often somebody may do what costs something.
+- `rest/`, `graphql/` and `pages/` are the faces: they only translate.
 - `app` wires all of it; `wsgi` is the application that gunicorn serves, `gunicorn` how it does so.
 - `cli/` is the command `sluicegate`; `embedded/` is what `sluicegate up` brings along where nothing is configured.
-- `logs` and `migrate` set up what their names say.
+- `logs`, `metrics` (over `metric_files`), `tracing` and `access` tell whoever runs this what happens, never a text.
+- `migrate` sets up what its name says.
 
 The workers are in the package `workers`, which imports this one and is never imported by it.
 
@@ -23,8 +27,8 @@ In which order to read:
 4. `streams/manager.py`, with `streams/rows.py` beside it: start, claim, terminate, finish.
 5. `workers/generate.py` and `workers/flusher.py`: from the model to the log.
 6. `streams/hub.py` and `streams/follow.py`: from the log to a reader.
-7. `streams/recovery.py`: what is done about whatever went wrong.
-8. `rest/streams.py`: how little is left for HTTP.
+7. `streams/recovery.py`: what is done about whatever is over or went wrong.
+8. `calls.py`, then `rest/streams.py`: how little is left for HTTP.
 
 `docs/architecture.md` has the glossary, the diagrams and the table of races.
 """

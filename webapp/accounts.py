@@ -19,7 +19,7 @@ from webapp.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavaila
 from webapp.models import SignInToken, User, now
 from webapp.views import UserView
 
-_NAME: Final = re.compile(r"[\w.@-]{1,64}")
+NAME: Final = re.compile(r"[\w.@-]{1,64}")
 _TOKEN_BYTES: Final = 32
 LAST_USE_SECONDS: Final = 60
 """How exactly a token's last use is kept: one write a minute, not one a request."""
@@ -44,7 +44,7 @@ class Accounts:
             Invalid: the name is not acceptable.
             Conflict: it is taken.
         """
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             problem = "1 to 64 letters, digits, or any of . _ @ -"
             raise Invalid(f"The name must be {problem}", errors=[{"field": "name", "message": problem}])
         token = secrets.token_urlsafe(_TOKEN_BYTES)

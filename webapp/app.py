@@ -5,25 +5,33 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import dataclass
+from datetime import timedelta
 
 import redis
 from apiflask import APIFlask
 from celery import Celery
 from flask import Flask
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from webapp import auth
+from webapp.access import note_requests
 from webapp.accounts import Accounts
+from webapp.calls import Calls
 from webapp.config import Settings
 from webapp.conversations import Conversations
 from webapp.database import Database, configure_database, open_database
+from webapp.limits import Limits
 from webapp.logs import configure_logs
+from webapp.metrics import Exposition
 from webapp.migrate import configure_migrations
-from webapp.queue import CeleryQueue, Workers, make_celery, make_redis
+from webapp.models import now
+from webapp.queue import CeleryQueue, Workers, make_celery, make_hurried_redis, make_redis
 from webapp.streams.hub import StreamHub
 from webapp.streams.log import TokenLog
 from webapp.streams.manager import StreamSessionManager
 from webapp.streams.queries import SessionQueries
 from webapp.streams.recovery import Reaper
+from webapp.tracing import configure_tracing
 from webapp.upstream import Upstream
 
 
@@ -45,20 +53,31 @@ class Services:
     conversations: Conversations
     upstream: Upstream
     workers: Workers
+    limits: Limits
+    calls: Calls
+    metrics: Exposition
 
 
 def create_app(settings: Settings) -> APIFlask:
     """The web application. It connects to nothing until it is asked something."""
+    from webapp.graphql import configure_graphql
     from webapp.pages import pages
     from webapp.rest import configure_rest
 
     configure_logs(settings)
-    app = APIFlask(__name__, title="Sluicegate", version="0.1.0", spec_path="/openapi.json", docs_path="/docs")
+    configure_tracing(settings)
+    app = APIFlask(__name__, title="Sluicegate", version="0.1.0", spec_path="/openapi.json", docs_path=None)
     services = app.extensions["sluicegate"] = _wire(app, settings)
     services.manager.wait_done = services.hub.wait_done
+    note_requests(app)
     auth.configure_auth(app, settings, _secret_key(settings))
     configure_rest(app, settings)
+    configure_graphql(app, settings)
     app.register_blueprint(pages)
+    if settings.trusted_proxies:
+        # By the last so many entries only: what stands before them anybody can have written.
+        proxies = {"x_for": settings.trusted_proxies, "x_proto": settings.trusted_proxies}
+        app.wsgi_app = ProxyFix(app.wsgi_app, **proxies)  # type: ignore[method-assign]
     return app
 
 
@@ -84,8 +103,12 @@ def _wire(app: Flask, settings: Settings) -> Services:
         buffer_bytes=settings.reader_buffer_bytes,
         check_seconds=settings.database_check_seconds,
         ended_among=queries.ended_among,
+        report_seconds=_report_seconds(settings),
     )
+    hub.watched = lambda session_ids: manager.watched(session_ids, now() + _watched_for(settings))
     queries.count_viewers = hub.viewers
+    conversations, upstream = Conversations(database), Upstream(settings)
+    limits = Limits(make_hurried_redis(settings), messages=settings.rate_limit, sign_ins=settings.sign_in_rate_limit)
     return Services(
         settings=settings,
         database=database,
@@ -98,10 +121,23 @@ def _wire(app: Flask, settings: Settings) -> Services:
         reaper=Reaper(database, token_log, manager, queries, settings),
         hub=hub,
         accounts=Accounts(database, sign_in_token_seconds=settings.sign_in_token_seconds),
-        conversations=Conversations(database),
-        upstream=Upstream(settings),
+        conversations=conversations,
+        upstream=upstream,
         workers=Workers(client),
+        limits=limits,
+        calls=Calls(settings, conversations, manager, queries, upstream, limits),
+        metrics=Exposition(queries.population),
     )
+
+
+def _report_seconds(settings: Settings) -> float:
+    """Between two reports of who is watching: several in the grace after which a stream counts as abandoned."""
+    return min(settings.database_check_seconds, max(0.2, settings.abandon_grace_seconds / 4))
+
+
+def _watched_for(settings: Settings) -> timedelta:
+    """After a report a stream is not abandoned for its grace, counted from when the next would have been made."""
+    return timedelta(seconds=settings.abandon_grace_seconds + _report_seconds(settings))
 
 
 def make_token_log(client: redis.Redis, settings: Settings) -> TokenLog:

@@ -17,6 +17,7 @@ from webapp.accounts import Accounts
 from webapp.config import Settings
 from webapp.conversations import Conversations
 from webapp.errors import CSRFFailed, Forbidden, Unauthenticated
+from webapp.logs import bind
 from webapp.models import Role
 from webapp.views import ConversationView, UserView
 
@@ -69,6 +70,7 @@ def require_user() -> UserView:
     if g.user is None:
         raise Unauthenticated("Send `Authorization: Bearer TOKEN`, or sign in at the page")
     user: UserView = g.user
+    bind(user_id=user.id)
     return user
 
 
@@ -123,6 +125,7 @@ def require(conversation_id: UUID, action: Action) -> ConversationView:
     """
     conversations: Conversations = current_app.extensions["sluicegate"].conversations
     conversation = conversations.get(require_user().id, conversation_id)
+    bind(conversation_id=conversation_id)
     if action not in PERMISSIONS[Role(conversation.role)]:
         raise Forbidden(f"As {conversation.role} of this conversation you may not {action.value} in it")
     return conversation

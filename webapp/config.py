@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -66,6 +67,8 @@ class Settings(BaseSettings):
     max_active_streams_per_user: int = Field(20, ge=0, description="0: no cap")
     max_queued_streams: int = Field(10_000, ge=0, description="sessions that no worker has claimed; 0: no cap")
     rate_limit: str = Field("120/minute", description="new messages per user; empty: none")
+    sign_in_rate_limit: str = Field("20/minute", description="failed tries to sign in per address; empty: none")
+    trusted_proxies: int = Field(0, ge=0, description="reverse proxies in front, each adding to X-Forwarded-For")
 
     # The worker
     worker_concurrency: int = Field(200, ge=1, description="generations that one worker process runs at once")
@@ -84,7 +87,15 @@ class Settings(BaseSettings):
     first_token_timeout_seconds: float = Field(300, gt=0, description="from the claim to the first token")
     idle_timeout_seconds: float = Field(120, gt=0, description="silence between two tokens")
     max_duration_seconds: float = Field(3600, gt=0, description="from the claim to the end")
-    abandon_grace_seconds: float = Field(30, ge=0, description="without a viewer, where onDisconnect is terminate")
+    abandon_grace_seconds: float = Field(30, gt=0, description="without a viewer, where onDisconnect is terminate")
+    on_disconnect: Literal["continue", "terminate"] = Field(
+        "continue", description="what becomes of a stream that nobody watches, where a request does not say"
+    )
+    request_timeout_cap_seconds: float = Field(7200, gt=0, description="longest time-out that a request may ask for")
+
+    # Retention
+    session_retention_days: float = Field(30, gt=0, description="that the row of an ended session is kept")
+    deleted_retention_days: float = Field(7, gt=0, description="that a deleted conversation is kept, unseen")
 
     # The ending and the log
     terminate_wait_seconds: float = Field(3, gt=0, description="that a terminate call waits for the worker's commit")
@@ -95,6 +106,13 @@ class Settings(BaseSettings):
     keepalive_seconds: float = Field(15, gt=0, description="between two comment lines on a silent stream")
     reader_buffer_bytes: int = Field(262_144, ge=4096, description="held for a slow reader before it reads by itself")
     database_check_seconds: float = Field(5, gt=0, description="between a hub's questions about silent streams")
+
+    # GraphQL
+    graphql_depth_limit: int = Field(10, ge=1, description="levels of fields in one document")
+    graphql_alias_limit: int = Field(15, ge=0, description="aliases in one document")
+    graphql_token_limit: int = Field(1000, ge=1, description="tokens in one document; fields, fragments written out")
+    graphql_introspection: bool = Field(True, description="tell clients the schema")
+    graphql_ide: bool = Field(False, description="serve GraphiQL to browsers, its scripts from a public CDN")
 
     # Sign-in
     sign_in_token_seconds: int = Field(3600, ge=1, description="life of a one-time sign-in token")
@@ -108,6 +126,10 @@ class Settings(BaseSettings):
     # Logs
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console at a terminal, else JSON")
+
+    # Metrics and traces
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of a worker's own /metrics; 0: none")
+    tracing: bool = Field(False, description="send OpenTelemetry traces, as OTEL_* say; needs the extra otel")
 
     @field_validator("database_url")
     @classmethod
@@ -130,6 +152,21 @@ class Settings(BaseSettings):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         return value
 
+    @field_validator("rate_limit", "sign_in_rate_limit")
+    @classmethod
+    def _rates(cls, value: str) -> str:
+        value = value.strip()
+        if value:
+            from limits import parse_many  # which takes a tenth of a second, and most commands do without
+
+            try:
+                possible = all(rate.amount for rate in parse_many(value))
+            except ValueError:
+                possible = False
+            if not possible:
+                raise ValueError("must be a rate as 120/minute, or several as 10/second;120/minute, or empty: none")
+        return value
+
     @field_validator("ollama_base_url")
     @classmethod
     def _http_url(cls, value: str) -> str:
@@ -139,6 +176,18 @@ class Settings(BaseSettings):
         if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname:
             raise ValueError("must be an http:// or https:// URL")
         return value.rstrip("/")
+
+    @field_validator("tracing")
+    @classmethod
+    def _tracing_installed(cls, value: bool) -> bool:
+        if value and not (find_spec("opentelemetry") and find_spec("opentelemetry.sdk")):
+            raise ValueError("needs OpenTelemetry: pip install 'sluicegate[otel]'")
+        return value
+
+    @cached_property
+    def metrics_directory(self) -> Path:
+        """Where the processes of this host keep their figures."""
+        return self.data_dir / "metrics"
 
     @cached_property
     def effective_database_url(self) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
 from uuid import UUID
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from webapp.accounts import NAME
 from webapp.database import Database
-from webapp.errors import NotFound
-from webapp.models import Conversation, Member, Message, Role, StreamSession, new_id, now
+from webapp.errors import Conflict, NotFound
+from webapp.models import Conversation, Member, Message, Role, StreamSession, User, new_id, now
 from webapp.streams.lifecycle import StreamStatus
-from webapp.views import ConversationView, MessageView
+from webapp.views import ConversationView, MemberView, MessageView
 
 
 class Conversations:
@@ -73,6 +75,58 @@ class Conversations:
         where = (Conversation.id == conversation_id) & Conversation.deleted_at.is_(None)
         self._database.write(lambda s: s.execute(update(Conversation).where(where).values(deleted_at=now())))
 
+    def members(self, conversation_id: UUID) -> builtins.list[MemberView]:
+        """Who belongs to it, by name."""
+        query = (
+            select(User.name, Member.role)
+            .join(Member, Member.user_id == User.id)
+            .where(Member.conversation_id == conversation_id)
+            .order_by(User.name)
+        )
+        return self._database.read(lambda s: [MemberView(name, role) for name, role in s.execute(query)])
+
+    def set_member(self, conversation_id: UUID, name: str, role: Role) -> MemberView:
+        """Make a user a member, or give a member another role.
+
+        Raises:
+            NotFound: there is no such user, or it is disabled.
+            Conflict: it is the last owner.
+        """
+
+        def work(s: Session) -> MemberView:
+            _lock(s, conversation_id)
+            user = _user_named(s, name)
+            if user is None or user.disabled_at:
+                raise NotFound(f"There is no user {name!r}")
+            member = s.get(Member, (user.id, conversation_id))
+            if member is None:
+                s.add(Member(user_id=user.id, conversation_id=conversation_id, role=role))
+            else:
+                _keep_an_owner(s, member, role)
+                member.role = role
+            return MemberView(user.name, role.value)
+
+        return self._database.write(work)
+
+    def remove_member(self, conversation_id: UUID, name: str) -> None:
+        """Take a member out; what it has said stays.
+
+        Raises:
+            NotFound: there is no such member.
+            Conflict: it is the last owner.
+        """
+
+        def work(s: Session) -> None:
+            _lock(s, conversation_id)
+            user = _user_named(s, name)
+            member = s.get(Member, (user.id, conversation_id)) if user else None
+            if member is None:
+                raise NotFound(f"{name!r} is no member of this conversation")
+            _keep_an_owner(s, member, None)
+            s.delete(member)
+
+        self._database.write(work)
+
     def messages(self, conversation_id: UUID) -> Sequence[MessageView]:
         """All messages, oldest first; one still streaming shows what has been checkpointed."""
         query = (
@@ -86,6 +140,39 @@ class Conversations:
 
 def _view(conversation: Conversation, role: str) -> ConversationView:
     return ConversationView(conversation.id, conversation.title, str(Role(role).value), conversation.created_at)
+
+
+def _lock(s: Session, conversation_id: UUID) -> None:
+    """Changes of one conversation's members come one after the other; SQLite's writers do anyway.
+
+    Not against messages that begin: `FOR NO KEY UPDATE` lets rows that refer to the conversation be made.
+    """
+    query = select(Conversation.id).where(Conversation.id == conversation_id, Conversation.deleted_at.is_(None))
+    if s.scalar(query.with_for_update(key_share=True)) is None:
+        raise NotFound(f"There is no conversation {conversation_id} that you can see")
+
+
+def _user_named(s: Session, name: str) -> User | None:
+    # What no name can be is not asked for: PostgreSQL refuses some of it.
+    return s.scalar(select(User).where(User.name == name)) if NAME.fullmatch(name) else None
+
+
+def _keep_an_owner(s: Session, member: Member, role: Role | None) -> None:
+    """Somebody who can sign in must be left to manage the conversation.
+
+    Raises:
+        Conflict: `member` is the last such owner, and would be one no longer.
+    """
+    if member.role != Role.OWNER or role is Role.OWNER:
+        return
+    others = (
+        select(Member.user_id)
+        .join(User, User.id == Member.user_id)
+        .where(Member.conversation_id == member.conversation_id, Member.user_id != member.user_id)
+        .where(Member.role == Role.OWNER, User.disabled_at.is_(None))
+    )
+    if s.scalars(others).first() is None:
+        raise Conflict("This is the last owner of the conversation: make another member an owner first")
 
 
 def _message(message: Message, session: StreamSession | None) -> MessageView:

@@ -78,11 +78,13 @@ def configure_database(app: Flask, settings: Settings) -> None:
     sqlite = settings.effective_database_url.startswith("sqlite")
     if sqlite:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = (
+    options: dict[str, Any] = (
         {"connect_args": {"timeout": 0 if _patched() else 5}, "pool_size": 10, "max_overflow": 90}
         if sqlite
         else {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 20, "connect_args": {"connect_timeout": 5}}
     )
+    # The texts are among them, and an error's message is logged.
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | {"hide_parameters": True}
     db.init_app(app)
 
 

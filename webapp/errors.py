@@ -87,6 +87,12 @@ class TooManyStreams(SluicegateError):
     code, status, title = "too_many_streams", 429, "Too many active streams"
 
 
+class TooManyRequests(SluicegateError):
+    """More often than a rate allows; nothing was done."""
+
+    code, status, title = "rate_limited", 429, "Too many requests"
+
+
 class Unavailable(SluicegateError):
     """A dependency is down or the queue is full; nothing was written."""
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from gunicorn.glogging import Logger
+
 from webapp.config import load_settings
+from webapp.logs import configure_logs
 
 _WATCH_SECONDS = 0.1
 
@@ -33,10 +36,23 @@ loglevel = _settings.log_level.lower()
 proc_name = "sluicegate-web"
 
 
+class logger_class(Logger):
+    """gunicorn's own lines in the form of all others."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        configure_logs(_settings)
+
+
 def pre_request(worker: Any, request: Any) -> None:
     """A stream's connection is closed behind `done`: it is watched for the reader's leaving."""
-    if request.path.endswith("/events") or request.path == "/api/stream-message":
+    if request.path.endswith("/events") or request.path == "/api/stream-message" or _asks_for_subscription(request):
         request.force_close()
+
+
+def _asks_for_subscription(request: Any) -> bool:
+    accepted = [value for name, value in request.headers if name == "ACCEPT"]
+    return request.path == "/graphql" and any("text/event-stream" in value for value in accepted)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -44,6 +60,16 @@ def post_worker_init(worker: Any) -> None:
     import gevent
 
     gevent.spawn(_close_readers_at_end, worker)
+    gevent.spawn(_reap_at_start, worker)
+
+
+def _reap_at_start(worker: Any) -> None:
+    """Beat may be long in coming, and what was left behind is to be seen to before anybody asks."""
+    from webapp.streams.recovery import reap_alone
+
+    services = getattr(worker.wsgi, "extensions", {}).get("sluicegate")
+    if services is not None:
+        reap_alone(services.reaper, services.redis)
 
 
 def _close_readers_at_end(worker: Any) -> None:

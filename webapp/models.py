@@ -194,6 +194,7 @@ class Message(db.Model):  # type: ignore[name-defined]
 
 
 _ACTIVE: dict[str, Any] = {"sqlite_where": text("status = 'ACTIVE'"), "postgresql_where": text("status = 'ACTIVE'")}
+_UNCLAIMED = text("status = 'ACTIVE' AND owner IS NULL")
 _UNPUBLISHED = text("published_at IS NULL AND status <> 'ACTIVE'")
 
 
@@ -211,6 +212,7 @@ class StreamSession(db.Model):  # type: ignore[name-defined]
     think: Mapped[bool | str | None] = mapped_column(JSON)
     keep_alive: Mapped[str | None] = mapped_column(String(20))
     on_disconnect: Mapped[str] = mapped_column(String(10), default=OnDisconnect.CONTINUE.value)
+    timeouts: Mapped[dict[str, float] | None] = mapped_column(JSON)
 
     status: Mapped[str] = mapped_column(String(10), default=StreamStatus.ACTIVE.value)
     reason: Mapped[str | None] = mapped_column(String(24))
@@ -224,6 +226,11 @@ class StreamSession(db.Model):  # type: ignore[name-defined]
     requeue_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     claimed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     heartbeat_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+    # When it is over by itself, unless something happens before, and why
+    due_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    due_reason: Mapped[str | None] = mapped_column(String(24))
+    abandon_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
     # What a crash leaves
     checkpoint: Mapped[str] = mapped_column(Text, default="")
@@ -256,7 +263,10 @@ class StreamSession(db.Model):  # type: ignore[name-defined]
         Index("uq_stream_sessions_active_conversation", "conversation_id", unique=True, **_ACTIVE),
         Index("ix_stream_sessions_active_user", "user_id", "id", **_ACTIVE),
         Index("ix_stream_sessions_active_heartbeat", "heartbeat_at", **_ACTIVE),
-        Index("ix_stream_sessions_active_unclaimed", "requeue_at", **_ACTIVE),
+        Index("ix_stream_sessions_unclaimed", "requeue_at", sqlite_where=_UNCLAIMED, postgresql_where=_UNCLAIMED),
+        Index("ix_stream_sessions_active_due", "due_at", **_ACTIVE),
+        Index("ix_stream_sessions_active_abandoned", "abandon_at", **_ACTIVE),
+        Index(None, "ended_at"),
         Index("ix_stream_sessions_unpublished", "ended_at", sqlite_where=_UNPUBLISHED, postgresql_where=_UNPUBLISHED),
         Index(None, "conversation_id", "id"),
         Index(None, "user_id", "id"),

@@ -12,7 +12,10 @@ from uuid import UUID
 import redis
 from celery import Celery
 from kombu.entity import Queue
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
+from webapp import tracing
 from webapp.config import Settings
 from webapp.errors import Unavailable
 from webapp.streams.keys import WORKERS_KEY
@@ -82,9 +85,17 @@ class CeleryQueue:
 
     def enqueue(self, session_id: UUID) -> None:
         """Put a session in the queue; the task's id is the session's."""
-        self._app.send_task(
-            GENERATE_TASK, args=[str(session_id)], task_id=str(session_id), queue=GENERATE_QUEUE, ignore_result=True
-        )
+        with tracing.span("enqueue", session_id=session_id):
+            self._app.send_task(
+                GENERATE_TASK,
+                args=[str(session_id)],
+                task_id=str(session_id),
+                queue=GENERATE_QUEUE,
+                ignore_result=True,
+                argsrepr=f"session {session_id}",  # as Flower and Celery's own logs show it
+                kwargsrepr="",
+                headers=tracing.carrier(),
+            )
 
     def revoke(self, session_id: UUID) -> None:
         """Tell all workers to drop a queued task when they meet it."""
@@ -128,8 +139,8 @@ class _NotConfigured(redis.Connection):
         raise redis.ConnectionError("REDIS_URL is not set and no embedded Valkey runs")
 
 
-def make_redis(settings: Settings) -> redis.Redis:
-    """A client for logs and leases.
+def make_redis(settings: Settings, **options: Any) -> redis.Redis:
+    """A client for logs and leases; `options` of a connection go before what is said here.
 
     The socket time-out is above the longest block of a read (a hub's, 2 s), and short enough to notice
     a Redis that is gone; redis-py tries a broken connection again by itself, which the verbs allow for.
@@ -137,14 +148,26 @@ def make_redis(settings: Settings) -> redis.Redis:
     if not settings.redis_url:
         # Commands that do not need Redis work without one.
         return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=_NotConfigured))
-    pool = redis.BlockingConnectionPool.from_url(
-        settings.effective_redis_url,
+    usual = {
         # Waiting for a connection is no failure of Redis; each generation may want one at the same moment.
-        max_connections=settings.worker_concurrency + 100,
-        timeout=10,
-        protocol=2,
-        socket_timeout=5,
-        socket_connect_timeout=2,
-        health_check_interval=30,
-    )
+        "max_connections": settings.worker_concurrency + 100,
+        "timeout": 10,
+        "protocol": 2,
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "health_check_interval": 30,
+    }
+    pool = redis.BlockingConnectionPool.from_url(settings.effective_redis_url, **usual | options)
     return redis.Redis(connection_pool=pool)
+
+
+def make_hurried_redis(settings: Settings) -> redis.Redis:
+    """A client for what has another way, and goes it rather than wait: half a second at most for each step."""
+    return make_redis(
+        settings,
+        max_connections=50,
+        timeout=0.5,
+        socket_timeout=0.5,
+        socket_connect_timeout=0.5,
+        retry=Retry(NoBackoff(), 0),  # the pool itself sees a connection that broke since it was used last
+    )

@@ -11,6 +11,7 @@ import requests
 
 from webapp.config import Settings
 from webapp.errors import Unavailable
+from webapp.views import ModelView
 
 KEPT_SECONDS: Final = 15.0
 TIMEOUT_SECONDS: Final = 3.0
@@ -21,11 +22,11 @@ class Upstream:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._models: list[dict[str, Any]] = []
+        self._models: list[ModelView] = []
         self._asked_at = float("-inf")
 
-    def models(self) -> list[dict[str, Any]]:
-        """What the upstream offers, in its own order: `name`, and where it says so `sizeBytes` and `family`.
+    def models(self) -> list[ModelView]:
+        """What the upstream offers, in its own order.
 
         Raises:
             Unavailable: it does not answer.
@@ -46,9 +47,9 @@ class Upstream:
         models = self.models()
         if not models:
             raise Unavailable("The model's server has no model: pull one, or name one in the request")
-        return str(models[0]["name"])
+        return models[0].name
 
-    def _ask(self) -> list[dict[str, Any]]:
+    def _ask(self) -> list[ModelView]:
         url = f"{self._settings.ollama_base_url}/api/tags"
         try:
             with requests.Session() as http:
@@ -69,6 +70,5 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _model(one: dict[str, Any]) -> dict[str, Any]:
-    family = (one.get("details") or {}).get("family")
-    return {"name": str(one["name"]), "sizeBytes": one.get("size"), "family": family}
+def _model(one: dict[str, Any]) -> ModelView:
+    return ModelView(str(one["name"]), one.get("size"), (one.get("details") or {}).get("family"))

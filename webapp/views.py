@@ -73,6 +73,7 @@ class SessionView(View):
     ended_at: datetime | None
     terminated_by: str | None
     viewers: int
+    on_disconnect: str
 
     @property
     def active(self) -> bool:
@@ -105,6 +106,21 @@ class ConversationView(View):
     title: str
     role: str
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class MemberView(View):
+    name: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView(View):
+    """A model that the upstream offers; what it does not say is None."""
+
+    name: str
+    size_bytes: int | None
+    family: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any, Final
 
 import kombu.utils.functional
 import structlog
-from celery.signals import setup_logging, task_revoked, worker_ready, worker_shutting_down
+from celery.signals import setup_logging, task_failure, task_revoked, worker_ready, worker_shutting_down
 
 from webapp.config import load_settings
 from webapp.logs import configure_logs
-from webapp.queue import GENERATE_QUEUE, make_celery
+from webapp.metrics import share
+from webapp.queue import GENERATE_QUEUE, GENERATE_TASK, make_celery
+from webapp.tracing import configure_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +28,7 @@ kombu.utils.functional.sleep = time.sleep  # type: ignore[attr-defined]
 
 settings = load_settings()
 settings.data_dir.mkdir(parents=True, exist_ok=True)  # where beat keeps its schedule
+share(settings.metrics_directory)
 app = make_celery(settings, include=["workers.tasks", "workers.control", "workers.reaper"])
 
 
@@ -34,9 +38,33 @@ def _configure_logs(**_: object) -> None:
     configure_logs(settings)
 
 
+@task_failure.connect
+def _log_failure(sender: Any, task_id: str, exception: BaseException, **_: object) -> None:
+    """In place of Celery's own line, which has the error's words in it."""
+    ids = {"session_id": task_id} if sender.name == GENERATE_TASK else {}
+    log.error("task.failed", task=sender.name, exc_info=exception, **ids)
+
+
+def _reap_at_start() -> None:
+    from workers.reaper import reap
+
+    reap()
+
+
+def _serve_metrics() -> None:
+    from workers.runtime import services
+
+    if settings.metrics_port:
+        services().metrics.serve(settings.host, settings.metrics_port)
+
+
 @worker_ready.connect
 def _prepare(sender: Any, **_: object) -> None:
-    """A worker that generates makes its runtime before its first task, says that it is there, and drains at its end."""
+    """A worker that generates makes its runtime before its first task, says that it is there, and drains at its end.
+    Every worker begins with a pass of the reaper: beat may be long in coming."""
+    configure_tracing(settings)
+    _serve_metrics()
+    threading.Thread(target=_reap_at_start, name="reap-at-start", daemon=True).start()
     if GENERATE_QUEUE not in sender.app.amqp.queues.consume_from:
         return
     import gevent

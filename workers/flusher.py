@@ -6,6 +6,7 @@ of a quiet session leaves at once, and a busy process writes large groups, witho
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 from uuid import UUID
@@ -15,6 +16,7 @@ import structlog
 from gevent.event import Event
 from redis.exceptions import RedisError
 
+from webapp import metrics
 from webapp.streams.log import Answer, Append, Mark, TokenLog, Verdict
 
 log = structlog.get_logger(__name__)
@@ -86,7 +88,10 @@ class Flusher:
         work = [(source, operation) for source in batch.values() for operation in source.pending()]
         if not work:
             return
+        began_at = time.monotonic()
         answers = self._log.apply([operation for _, operation in work])
+        characters = sum(len(operation.text) for _, operation in work if isinstance(operation, Append))
+        metrics.flushed(len(work), characters, time.monotonic() - began_at)
         refused: set[UUID] = set()
         for (source, operation), answer in zip(work, answers, strict=True):
             if source.session_id not in refused:  # what follows a refusal was refused because of it

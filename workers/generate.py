@@ -8,10 +8,11 @@ takes the fence, and has the manager commit.
 
 from __future__ import annotations
 
+import contextvars
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -21,14 +22,17 @@ from gevent.event import Event
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
+from webapp import metrics, tracing
 from webapp.config import Settings
 from webapp.errors import Unavailable
+from webapp.logs import bind
 from webapp.models import now
 from webapp.streams.lifecycle import StreamPhase, TerminationReason
 from webapp.streams.log import Answer, Append, Mark, TokenLog, Verdict
 from webapp.streams.manager import StreamSessionManager
 from webapp.streams.ports import Assignment, Outcome
 from webapp.streams.rows import Beat
+from webapp.streams.timing import Due, Timeouts
 from workers.flusher import Flusher
 from workers.ollama import ChatEnd, ChatRequest, OllamaService, UpstreamError
 from workers.transcript import Transcript
@@ -92,7 +96,11 @@ class Generation:
         self._reader: gevent.Greenlet | None = None
         self._upstream_opened = False
         self._upstream_closed_at: datetime | None = None
-        self._last_token_at: float | None = None
+        self._timeouts = Timeouts.of(ports.settings)
+        self._claimed_at = now()
+        self._heard_at = time.monotonic()
+        """When the model spoke last; before its first word, when it was asked."""
+        self._has_spoken = False
 
     # -- what others call ----------------------------------------------------------------------
 
@@ -135,7 +143,7 @@ class Generation:
         end = (transcript.length if everything else transcript.acknowledged) if with_text else self.checkpointed
         delta = transcript.between(self.checkpointed, end) if end > self.checkpointed else ""
         thinking_length = min(transcript.thinking_length, self.checkpointed + len(delta))
-        return Beat(self.session_id, self.epoch, self.checkpointed, delta, thinking_length)
+        return Beat(self.session_id, self.epoch, self.checkpointed, delta, thinking_length, self._due())
 
     # -- the flusher's source ------------------------------------------------------------------
 
@@ -167,7 +175,7 @@ class Generation:
         """Redis lost the state: make it again and send all text once more."""
         if self._finished:
             return
-        answer = token_log.open(self.session_id, self.epoch, self.owner)
+        answer = self._open_at(token_log)
         log.warning("stream.log_rebuilt", session_id=str(self.session_id), length=self.transcript.length)
         if answer.verdict is Verdict.STALE:
             self.lose()
@@ -186,9 +194,11 @@ class Generation:
         assignment = self._ports.manager.claim(self.session_id, self.owner)
         if assignment is None:
             return
+        bind(session_id=self.session_id, conversation_id=assignment.conversation_id, user_id=assignment.user_id)
         # The checkpoint first: from the moment that the epoch is known the keeper writes heartbeats.
         self.transcript.preload(assignment.checkpoint, assignment.checkpoint_thinking_length, 0)
         self.checkpointed = len(assignment.checkpoint)
+        self._timeouts, self._claimed_at = assignment.timeouts, assignment.claimed_at
         self.epoch, self._attempt = assignment.epoch, assignment.attempt
         try:
             opened = self._open(assignment)
@@ -203,12 +213,12 @@ class Generation:
 
     def _open(self, assignment: Assignment) -> Answer:
         """OPEN the log at the new epoch, and take over the text that earlier attempts left."""
-        answer: Answer = self._patiently("open", lambda: self._ports.log.open(self.session_id, self.epoch, self.owner))
+        answer: Answer = self._patiently("open", lambda: self._open_at(self._ports.log))
         if answer.verdict is Verdict.STALE:
             raise Lost
         self._phase = StreamPhase.LOADING
         self.held = True
-        if self.epoch > 1:
+        if self.epoch > 1 or assignment.checkpoint:
             text, thinking_length = self._patiently("read", lambda: self._ports.log.text(self.session_id))
             if len(assignment.checkpoint) > len(text):
                 text, thinking_length = assignment.checkpoint, assignment.checkpoint_thinking_length
@@ -216,6 +226,10 @@ class Generation:
         if answer.fenced:
             self._refusal = answer
         return answer
+
+    def _open_at(self, token_log: TokenLog) -> Answer:
+        live_seconds = int(self._timeouts.longest_life_seconds) + self._ports.settings.log_slack_seconds
+        return token_log.open(self.session_id, self.epoch, self.owner, live_seconds=live_seconds)
 
     def _patiently(self, step: str, action: Callable[[], Any]) -> Any:
         """Until Redis answers: nothing can be written, and nothing be known, before."""
@@ -231,9 +245,10 @@ class Generation:
     def _generate(self, assignment: Assignment) -> None:
         if self._stop is None:
             self._mark(StreamPhase.LOADING)
-            self._reader = gevent.spawn(self._read, self._request(assignment))
+            self._heard_at = time.monotonic()
+            self._reader = gevent.spawn(contextvars.copy_context().run, self._read, self._request(assignment))
             try:
-                self._watch(assignment.claimed_at)
+                self._watch()
             finally:
                 self._close_upstream()
 
@@ -265,9 +280,13 @@ class Generation:
 
     def _on_text(self, thinking: str, content: str) -> None:
         if self._stop is None and self.transcript.add(thinking, content):
+            metrics.chunk_arrived(len(thinking) + len(content))
             if self._phase is not StreamPhase.GENERATING:
+                metrics.first_token(time.monotonic() - self._heard_at)
+                tracing.event("first token")
                 self._mark(StreamPhase.GENERATING)
-            self._last_token_at = time.monotonic()
+                self._wake.set()  # from now on it is the silence between two tokens that counts
+            self._heard_at, self._has_spoken = time.monotonic(), True
             self._ports.flusher.submit(self)
 
     def _mark(self, phase: StreamPhase) -> None:
@@ -275,25 +294,22 @@ class Generation:
         self._marks.append(Mark(self.session_id, self.epoch, phase, self._attempt))
         self._ports.flusher.submit(self)
 
-    def _watch(self, claimed_at: datetime) -> None:
-        """Wait for the end, or for the first time-out that is due; the longest duration is that of all attempts."""
-        started_at = time.monotonic()
-        end_at = started_at + self._ports.settings.max_duration_seconds - (now() - claimed_at).total_seconds()
+    def _watch(self) -> None:
+        """Wait for the end, or for the first time-out that is due."""
         while self._stop is None:
-            reason, due_at = self._next_timeout(started_at, end_at)
-            if (left := due_at - time.monotonic()) <= 0:
-                self._end(Stop(reason, natural=True))
+            self._wake.clear()
+            due = self._due()
+            if (left := (due.at - now()).total_seconds()) <= 0:
+                self._end(Stop(due.reason, natural=True))
             else:
                 self._wake.wait(left)
 
-    def _next_timeout(self, started_at: float, end_at: float) -> tuple[TerminationReason, float]:
-        settings = self._ports.settings
-        whole = (TerminationReason.MAX_DURATION, end_at)
-        if self._last_token_at is None:
-            silence = (TerminationReason.FIRST_TOKEN_TIMEOUT, started_at + settings.first_token_timeout_seconds)
-        else:
-            silence = (TerminationReason.IDLE_TIMEOUT, self._last_token_at + settings.idle_timeout_seconds)
-        return min(whole, silence, key=lambda one: one[1])
+    def _due(self) -> Due:
+        """When this worker ends the session by itself, unless the model speaks before."""
+        heard_at = now() - timedelta(seconds=time.monotonic() - self._heard_at)
+        if self._has_spoken:
+            return self._timeouts.due_after_token(heard_at, self._claimed_at)
+        return self._timeouts.due_without_token(heard_at, self._claimed_at)
 
     def _end(self, stop: Stop) -> None:
         """The first is kept: what comes later came too late."""

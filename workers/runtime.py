@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import time
 from functools import cache
 from typing import Final
@@ -12,6 +13,7 @@ import structlog
 from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
+from webapp import metrics
 from webapp.app import Services, make_services, make_token_log
 from webapp.config import load_settings
 from webapp.errors import NotFound, Unavailable
@@ -78,14 +80,15 @@ class Runtime:
         # Entered before it is claimed: a stop that comes from now on finds it.
         generation = self.table[session_id] = Generation(session_id, owner, self._ports)
         try:
-            self._run_uninterrupted(generation)
+            with metrics.running():
+                self._run_uninterrupted(generation)
         finally:
             del self.table[session_id]
 
     def _run_uninterrupted(self, generation: Generation) -> None:
         """Celery's own termination kills the task's greenlet wherever it is; the run is in another, which it
         cannot strike, and is told to end as `revoked`."""
-        run = gevent.spawn(generation.run)
+        run = gevent.spawn(contextvars.copy_context().run, generation.run)  # within the task's trace
         while not run.ready():
             try:
                 run.join()

@@ -314,6 +314,7 @@ class Stack:
             "SLUICEGATE_WORKER_CONCURRENCY": "200",
             # A test that is about limits sets them; no other should meet them.
             "SLUICEGATE_RATE_LIMIT": "",
+            "SLUICEGATE_SIGN_IN_RATE_LIMIT": "",
             "SLUICEGATE_MAX_ACTIVE_STREAMS_PER_USER": "0",
         }
         self.environment = clean_environment(**own | dict(settings or {}))
@@ -381,6 +382,11 @@ class Stack:
     def start_beat(self, *, settings: Mapping[str, str] | None = None) -> LocalProcess:
         """Start beat, and wait until it says so."""
         return self._start_other("beat", settings, _BeatProcess)
+
+    def start_flower(self) -> LocalProcess:
+        """Start Flower on a port of its own, with the credentials `owner:flower`, and wait until it answers."""
+        settings = {"SLUICEGATE_FLOWER_PORT": str(free_port()), "SLUICEGATE_FLOWER_BASIC_AUTH": "owner:flower"}
+        return self._start_other("flower", settings, _FlowerProcess)
 
     def _start_other(self, name: str, settings: Mapping[str, str] | None, kind: type[LocalProcess]) -> LocalProcess:
         process = self._process(name, name, settings=settings, kind=kind)
@@ -527,6 +533,17 @@ class _WorkerProcess(LocalProcess):
         with Celery(broker=broker, set_as_current=False) as app, app.connection_for_write() as connection:
             # A node takes up its tasks before it listens to remote control.
             return bool(app.control.ping([node], timeout=0.2, connection=connection))
+
+
+class _FlowerProcess(LocalProcess):
+    """Ready when its health check answers."""
+
+    def is_ready(self) -> bool:
+        url = f"http://{HOST}:{self.environment['SLUICEGATE_FLOWER_PORT']}/healthcheck"
+        try:
+            return requests.get(url, timeout=2, proxies=NO_PROXIES).ok
+        except requests.RequestException:
+            return False
 
 
 class _BeatProcess(LocalProcess):
@@ -682,12 +699,26 @@ class Client:
         think: bool | None = None,
         on_disconnect: str | None = None,
         on_active: str | None = None,
+        timeouts: Mapping[str, float] | None = None,
         idempotency_key: str | None = None,
     ) -> dict[str, Any]:
         """Ask for an answer; the 202's body: `sessionId`, `conversationId`, `messageId`, …"""
         body = _message(content, conversation_id, model, options, think, on_disconnect, on_active)
-        headers = {"Accept": "application/json"} | ({"Idempotency-Key": idempotency_key} if idempotency_key else {})
+        body |= {"timeouts": dict(timeouts)} if timeouts else {}
+        headers = {"Accept": "application/json"} | _key_header(idempotency_key)
         answer: dict[str, Any] = self.call("POST", "/api/stream-message", body, headers=headers)
+        return answer
+
+    def continue_stream(self, session_id: str, *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Go on with an answer that has ended; the 202's body."""
+        path, headers = f"/api/streams/{session_id}/continue", _key_header(idempotency_key)
+        answer: dict[str, Any] = self.call("POST", path, headers=headers)
+        return answer
+
+    def retry_stream(self, session_id: str, *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Ask for another answer to the same question; the 202's body."""
+        path, headers = f"/api/streams/{session_id}/retry", _key_header(idempotency_key)
+        answer: dict[str, Any] = self.call("POST", path, headers=headers)
         return answer
 
     def post_stream(
@@ -746,6 +777,10 @@ class Client:
     def follow(self, session_id: str, last_event_id: str | None = None, *, reconnect: bool = False) -> Reader:
         """A reader that has set out to follow a stream."""
         return Reader(lambda cursor: self.events(session_id, cursor), last_event_id, reconnect=reconnect).start()
+
+
+def _key_header(idempotency_key: str | None) -> dict[str, str]:
+    return {"Idempotency-Key": idempotency_key} if idempotency_key else {}
 
 
 def _message(

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from tests.functional.ending import assert_ended
 from tests.functional.nodes import Client, Stack
 from tests.functional.text import assert_one_text
 from tests.upstream import UpstreamProcess, expected_text
 
 MODEL = "pace=40,tokens=200,alphabet=mixed"
+ENDLESS = "pace=40,tokens=10000,alphabet=mixed"
 STREAMS = 3
+KEEP = {"SLUICEGATE_ON_WORKER_LOST": "keep", "SLUICEGATE_LEASE_RENEW_SECONDS": "0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +23,9 @@ def stack_settings() -> Mapping[str, str]:
     return {"SLUICEGATE_LEASE_SECONDS": "2", "SLUICEGATE_DRAIN_SECONDS": "0", "SLUICEGATE_HEARTBEAT_SECONDS": "0.5"}
 
 
-def begin(client: Client) -> tuple[list[dict[str, Any]], list[Any]]:
+def begin(client: Client, model: str = MODEL) -> tuple[list[dict[str, Any]], list[Any]]:
     """Streams under way, each with a reader."""
-    sessions = [client.post_message("go on", model=f"name=n{number},{MODEL}") for number in range(STREAMS)]
+    sessions = [client.post_message("go on", model=f"name=n{number},{model}") for number in range(STREAMS)]
     readers = [client.follow(session["sessionId"]) for session in sessions]
     for reader in readers:
         reader.wait_for_text(100)
@@ -73,3 +76,27 @@ def test_a_stop_while_nobody_runs_it(stack: Stack, client: Client) -> None:
         receipt = client.terminate(session["sessionId"])
         assert (receipt["reason"], receipt["upstreamClosedAt"]) == ("user", None)
         assert_one_text(stack, client, session, receipt, [reader])
+
+
+def test_where_going_on_elsewhere_is_off(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
+    """A worker that stops ends its streams as `shutdown`, and keeps what there is: asked to, or told to leave at once.
+
+    Another worker is there, and is not given them.
+    """
+    stack.worker.container.process.kill()
+    leaving = [stack.start_worker(settings=KEEP, wait=False)]
+    for signal in ("SIGTERM", "SIGQUIT"):
+        leaving[-1].ready()
+        sessions, readers = begin(client, ENDLESS)
+        leaving.append(stack.start_worker(settings=KEEP, wait=signal == "SIGTERM"))
+        leaving[-2].container.kill(signal)
+        for session, reader in zip(sessions, readers, strict=True):
+            row = assert_ended(stack, upstream, session, [reader], "shutdown")
+            assert (row.status, row.attempt) == ("TERMINATED", 1)
+            assert row.upstream_closed_at is not None
+            assert expected_text(ENDLESS).content.startswith(reader.text)
+            receipt = client.terminate(session["sessionId"])
+            assert (receipt["reason"], receipt["partialResponse"]) == ("shutdown", reader.text)
+        leaving[-2].container.process.wait()
+    assert {one.outcome for one in upstream.requests()} == {"disconnected"}
+    assert len(upstream.requests()) == 2 * STREAMS

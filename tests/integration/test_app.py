@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,6 +34,23 @@ def test_it_is_ready_when_all_its_parts_are(app: APIFlask, world: World) -> None
     assert {name for name, state in checks.items() if state != "ok"} == {"worker"}
     world.services.workers.report("worker@one")
     assert caller.get("/readyz").get_json()["status"] == "ok"
+
+
+def test_a_process_that_serves_no_reader_any_more_is_not_ready(app: APIFlask, world: World) -> None:
+    caller, hub, session_id = Caller(app), world.services.hub, world.start().session_id
+    world.services.workers.report("worker@one")
+    hub.arrive(session_id, abandonable=False)
+    assert caller.get("/readyz").status_code == 200
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+    hub._threads.append(ended)
+    answer = caller.get("/readyz")
+    assert answer.status_code == 503
+    checks = answer.get_json()["checks"]
+    assert [name for name, state in checks.items() if state != "ok"] == ["hub"]
+    assert "restart" in checks["hub"]
+    hub.leave(session_id)
 
 
 def test_each_part_that_is_down_is_named(session_app: APIFlask, tmp_path: Path) -> None:

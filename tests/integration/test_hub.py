@@ -20,7 +20,7 @@ import pytest
 import redis
 
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World, make_settings, make_world
+from tests.integration.world import CLOSED_REDIS, LATER, WORLD_TEXT, Worker, World, make_settings, make_world
 from tests.services import ValkeyServer, valkey_server, wait_until
 from webapp.database import Database
 from webapp.errors import InvalidCursor
@@ -632,7 +632,7 @@ class TestTheDatabasesPart:
         reader = read(world, worker.session_id)
         worker.say(WORLD_TEXT)
         wait_until(lambda: reader.content == WORLD_TEXT)
-        world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT + "more", 0)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT + "more", 0, LATER)])
         world.forget(worker.session_id)
         world.change(worker.session_id, heartbeat_at=now() - timedelta(minutes=1))
         world.manager.settle(worker.session_id, USER)
@@ -793,7 +793,7 @@ class TestClosing:
         before = set(threading.enumerate())
         reader = read(world, world.run().session_id)
         follows(world)
-        assert hub_threads() == 2
+        assert hub_threads() == 3
         world.services.hub.close()
         reader.finish()
         wait_until(lambda: hub_threads() == 0, 5)

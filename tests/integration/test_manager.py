@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
+from tests.integration.world import CLOSED_REDIS, LATER, WORLD_TEXT, Worker, World
 from tests.upstream import MIXED
 from webapp.errors import ConversationBusy, Invalid, NotFound, SluicegateError, TooManyStreams, Unavailable
 from webapp.models import IdempotencyKey, Message, OnDisconnect, Role, new_id, now
@@ -267,7 +267,7 @@ class TestClaim:
 
     def test_the_next_epoch_gets_what_the_last_one_had_saved(self, world: World) -> None:
         worker = world.run()
-        world.manager.beat([Beat(worker.session_id, 1, 0, "hm" + WORLD_TEXT, 2)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm" + WORLD_TEXT, 2, LATER)])
         world.manager.give_up(worker.session_id, 1)
         assignment = world.manager.claim(worker.session_id, "worker@two")
         assert assignment is not None
@@ -283,7 +283,7 @@ class TestStatements:
     """Each names the state from which it moves, whoever looked before."""
 
     def claim(self, world: World, session_id: UUID, epoch: int) -> bool:
-        return world.database.write(lambda s: rows.claim(s, session_id, epoch, "worker@two", now()))
+        return world.database.write(lambda s: rows.claim(s, session_id, epoch, "worker@two", now(), LATER))
 
     def test_claim_moves_only_what_is_active_unowned_and_at_the_epoch(self, world: World) -> None:
         session_id = world.start().session_id
@@ -498,7 +498,7 @@ class TestFinish:
         """The fence fell in a log that was made anew and empty; the text that was checkpointed stays the text."""
         first = world.run()
         first.say("hm " + WORLD_TEXT)
-        world.manager.beat([Beat(first.session_id, 1, 0, first.text, 3)])
+        world.manager.beat([Beat(first.session_id, 1, 0, first.text, 3, LATER)])
         world.manager.give_up(first.session_id, 1)
         world.forget(first.session_id)
         world.log.open(first.session_id, 1)
@@ -537,7 +537,7 @@ class TestSettle:
         worker.say("hm ", THINKING)
         worker.mark(StreamPhase.GENERATING)
         worker.say(WORLD_TEXT)
-        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT[:2], 3)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT[:2], 3, LATER)])
         world.manager.settle(worker.session_id, TerminationReason.WORKER_LOST)
         row, message = world.row(worker.session_id), world.message(worker.session_id)
         assert (message.thinking, message.content) == ("hm ", WORLD_TEXT)
@@ -546,7 +546,7 @@ class TestSettle:
     def test_the_checkpoint_is_where_the_log_is_shorter(self, world: World) -> None:
         worker = world.run()
         worker.say("h", THINKING)
-        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT, 3)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT, 3, LATER)])
         world.manager.settle(worker.session_id, TerminationReason.WORKER_LOST)
         message = world.message(worker.session_id)
         assert (message.thinking, message.content) == ("hm ", WORLD_TEXT)
@@ -555,7 +555,7 @@ class TestSettle:
     def test_the_checkpoint_is_where_the_log_is_gone(self, world: World) -> None:
         worker = world.run()
         worker.say(WORLD_TEXT)
-        world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT, 0)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT, 0, LATER)])
         world.forget(worker.session_id)
         with pytest.raises(Unavailable):  # its worker lives, and has more than the checkpoint
             world.manager.settle(worker.session_id, USER)
@@ -719,7 +719,7 @@ class TestTerminateRunning:
         row = world.row(worker.session_id)
         assert (row.status, row.stop_reason, row.stop_by) == ("ACTIVE", "user", "ada")
         assert cut_off.queue.nudged == [(worker.session_id, worker.owner, USER)]
-        answers = world.manager.beat([Beat(worker.session_id, 1, 0, "", 0)])
+        answers = world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER)])
         assert answers == [BeatAnswer(worker.session_id, 0, USER)]
 
     def test_without_redis_a_worker_that_ends_it_is_enough(self, world: World, world_with: MakeWorld) -> None:
@@ -890,7 +890,7 @@ class TestGivingUp:
         assert old.mark(StreamPhase.GENERATING).verdict is Verdict.STALE
         assert old.fence(STOP).verdict is Verdict.STALE
         assert world.log.renew([(old.session_id, 1)])[0][1].verdict is Verdict.STALE
-        assert world.manager.beat([Beat(old.session_id, 1, 0, "lost", 0)]) == []
+        assert world.manager.beat([Beat(old.session_id, 1, 0, "lost", 0, LATER)]) == []
         new.say("two")
         assert new.end()
         assert world.message(old.session_id).content == "one two"
@@ -918,7 +918,7 @@ class TestGivingUp:
 
 class TestBeat:
     def beat(self, world: World, worker: Worker, start: int, delta: str, thinking: int = 0) -> BeatAnswer:
-        (answer,) = world.manager.beat([Beat(worker.session_id, worker.epoch, start, delta, thinking)])
+        (answer,) = world.manager.beat([Beat(worker.session_id, worker.epoch, start, delta, thinking, LATER)])
         return answer
 
     def saved(self, world: World, session_id: UUID) -> tuple[str, int, int]:
@@ -972,14 +972,14 @@ class TestBeat:
         worker = world.run()
         worker.end()
         before = world.row(worker.session_id).heartbeat_at
-        assert world.manager.beat([Beat(worker.session_id, 1, 0, "late", 0)]) == []
+        assert world.manager.beat([Beat(worker.session_id, 1, 0, "late", 0, LATER)]) == []
         assert world.row(worker.session_id).heartbeat_at == before
         assert world.row(worker.session_id).checkpoint == ""
 
     @pytest.mark.parametrize("epoch", [0, 2])
     def test_another_epoch_does_not_answer(self, world: World, epoch: int) -> None:
         worker = world.run()
-        assert world.manager.beat([Beat(worker.session_id, epoch, 0, "x", 0)]) == []
+        assert world.manager.beat([Beat(worker.session_id, epoch, 0, "x", 0, LATER)]) == []
         assert self.saved(world, worker.session_id) == ("", 0, 0)
 
     def test_none_is_no_statement(self, world_with: MakeWorld) -> None:
@@ -990,7 +990,7 @@ class TestBeat:
         workers = [world.run() for _ in range(20)]
         ended, stale = workers[3], workers[5]
         ended.end()
-        beats = [Beat(one.session_id, 1, 0, WORLD_TEXT * number, number) for number, one in enumerate(workers)]
+        beats = [Beat(one.session_id, 1, 0, WORLD_TEXT * number, number, LATER) for number, one in enumerate(workers)]
         beats[5] = replace(beats[5], epoch=7)
         statements: list[str] = []
         answers = self.watched(world, statements, lambda: world.manager.beat(beats))
@@ -1003,8 +1003,8 @@ class TestBeat:
 
     def test_hundreds_of_sessions_are_taken(self, world: World) -> None:
         worker = world.run()
-        beats = [Beat(new_id(), 1, 0, "x", 0) for _ in range(500)]
-        beats.append(Beat(worker.session_id, 1, 0, "text", 0))
+        beats = [Beat(new_id(), 1, 0, "x", 0, LATER) for _ in range(500)]
+        beats.append(Beat(worker.session_id, 1, 0, "text", 0, LATER))
         assert world.manager.beat(beats) == [BeatAnswer(worker.session_id, 4, None)]
 
     @staticmethod
@@ -1033,13 +1033,13 @@ class TestViews:
     def test_without_redis_it_shows_the_checkpoint(self, world: World, world_with: MakeWorld) -> None:
         worker = world.run()
         worker.say("hm text")
-        world.manager.beat([Beat(worker.session_id, 1, 0, "hm te", 3)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm te", 3, LATER)])
         view = world_with(redis_url=CLOSED_REDIS).queries.view(worker.session_id)
         assert (view.length, view.thinking_length) == (2, 3)
 
     def test_a_message_still_streaming_shows_its_checkpoint(self, world: World) -> None:
         worker = world.run()
-        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT, 3)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT, 3, LATER)])
         _, answer = world.services.conversations.messages(world.row(worker.session_id).conversation_id)
         assert (answer.thinking, answer.content, answer.length) == ("hm ", WORLD_TEXT, len(WORLD_TEXT))
         assert answer.status == "ACTIVE"

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import delete
 
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, Worker, World
+from tests.integration.world import CLOSED_REDIS, LATER, WORLD_TEXT, Worker, World
 from webapp.models import StreamSession, now
 from webapp.streams import recovery, rows
 from webapp.streams.events import THINKING, done_position
@@ -21,7 +21,7 @@ from webapp.streams.ports import Outcome
 from webapp.streams.rows import Beat
 
 LONG_AGO = timedelta(minutes=2)
-NOTHING_DUE = {"lost": 0, "unclaimed": 0, "unpublished": 0}
+NOTHING_DUE: dict[str, int] = {}
 USER, STOP = TerminationReason.USER, TerminationReason.STOP
 
 
@@ -107,7 +107,7 @@ class TestALostWorker:
     def test_where_redis_was_emptied_as_well_the_checkpoint_is_kept(self, world_with: MakeWorld) -> None:
         world = world_with(on_worker_lost="keep")
         worker = lost(world)
-        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT[:5], 3)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "hm " + WORLD_TEXT[:5], 3, LATER)])
         silence_heartbeat(world, worker.session_id)
         world.forget(worker.session_id)
         world.reaper.reap()
@@ -163,7 +163,7 @@ class TestAWorkerThatIsNotLost:
     def test_one_whose_redis_was_emptied(self, world: World) -> None:
         worker = lost(world)
         world.forget(worker.session_id)
-        world.manager.beat([Beat(worker.session_id, 1, 0, "", 0)])
+        world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER)])
         assert world.reaper.reap() == NOTHING_DUE
 
     def test_while_redis_is_away_nobody_is(self, world: World, world_with: MakeWorld) -> None:
@@ -187,7 +187,7 @@ class TestAWorkerThatIsNotLost:
 
         def heard_of(row: StreamSession) -> bool:
             found = looked_at(row)
-            world.manager.beat([Beat(worker.session_id, 1, 0, "", 0)])
+            world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER)])
             return found
 
         monkeypatch.setattr(world.reaper, "_is_lost", heard_of)
@@ -221,10 +221,13 @@ class TestWhatNobodyClaims:
     def grown_old(self, world: World, seconds: float) -> UUID:
         """A session that was started so long ago, and of which nobody has heard since."""
         view = world.start()
-        requeue_at = world.row(view.session_id).requeue_at
+        row = world.row(view.session_id)
+        requeue_at, due_at = row.requeue_at, row.due_at
         assert requeue_at is not None
+        assert due_at is not None
         age = timedelta(seconds=seconds)
-        world.change(view.session_id, started_at=view.started_at - age, requeue_at=requeue_at - age)
+        earlier = {"started_at": view.started_at - age, "requeue_at": requeue_at - age, "due_at": due_at - age}
+        world.change(view.session_id, **earlier)
         return view.session_id
 
     def next_look_seconds(self, world: World, session_id: UUID) -> float:
@@ -274,7 +277,7 @@ class TestWhatNobodyClaims:
         world.reaper.reap()
         assert world.row(session_id).reason == "queue_timeout"
 
-    def test_what_a_worker_had_begun_waits_from_when_it_was_last_heard_of(self, world_with: MakeWorld) -> None:
+    def test_what_a_worker_had_begun_does_not_wait_from_when_it_was_sent(self, world_with: MakeWorld) -> None:
         world = world_with(queue_timeout_seconds=60, lease_seconds=5)
         worker = lost(world)
         world.change(worker.session_id, heartbeat_at=now() - timedelta(seconds=10))
@@ -283,14 +286,22 @@ class TestWhatNobodyClaims:
         assert world.reaper.reap()["unclaimed"] == 1
         assert world.row(worker.session_id).status == StreamStatus.ACTIVE
 
-    def test_and_ends_with_its_partial(self, world_with: MakeWorld) -> None:
+    def test_what_a_worker_gave_up_waits_anew(self, world_with: MakeWorld) -> None:
         world = world_with(queue_timeout_seconds=60)
-        worker = lost(world)
-        world.reaper.reap()
-        world.change(worker.session_id, requeue_at=now())
-        world.reaper.reap()
-        assert world.row(worker.session_id).reason == "queue_timeout"
-        assert world.message(worker.session_id).content == WORLD_TEXT
+        worker = world.run()
+        world.manager.give_up(worker.session_id, worker.epoch)
+        row = world.row(worker.session_id)
+        assert row.due_reason == "queue_timeout"
+        assert row.due_at is not None
+        assert (row.due_at - now()).total_seconds() == pytest.approx(60, abs=3)
+
+    def test_but_never_beyond_its_longest_duration(self, world_with: MakeWorld) -> None:
+        world = world_with(queue_timeout_seconds=60, max_duration_seconds=100)
+        worker = world.run()
+        world.change(worker.session_id, claimed_at=now() - timedelta(seconds=90))
+        world.manager.give_up(worker.session_id, worker.epoch)
+        row = world.row(worker.session_id)
+        assert (row.due_reason, row.due_at) == ("max_duration", row.claimed_at + timedelta(seconds=100))
 
 
 class TestAnEndingWithoutDone:
@@ -388,5 +399,5 @@ class TestTheReaperItself:
             lost(world)
         queued = world.start().session_id
         world.change(queued, requeue_at=now() - LONG_AGO)
-        assert world.reaper.reap() == {"lost": 2, "unclaimed": 1, "unpublished": 0}
+        assert world.reaper.reap() == {"lost": 2, "unclaimed": 1}
         assert world.reaper.reap()["lost"] == 1

@@ -37,6 +37,7 @@ CODES = {
     "unsupported_media_type": 415,
     "invalid": 422,
     "too_many_streams": 429,
+    "rate_limited": 429,
     "unavailable": 503,
     "internal": 500,
 }

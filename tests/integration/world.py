@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ import redis
 from sqlalchemy import Engine, func, select, update
 
 from webapp.app import Services, make_services
+from webapp.calls import Calls
 from webapp.config import Settings
 from webapp.database import Database
 from webapp.models import Member, Message, Role, StreamSession, User, db, now
@@ -29,10 +31,13 @@ from webapp.streams.log import Answer, Append, Mark, Verdict
 from webapp.streams.manager import StreamSessionManager
 from webapp.streams.ports import Assignment, NewMessage, Outcome
 from webapp.streams.recovery import Reaper
+from webapp.streams.timing import Due
 from webapp.views import SessionView
 
 CLOSED_REDIS = "redis://127.0.0.1:1/0"
 """A port on which nothing listens."""
+LATER = Due(datetime(2100, 1, 1, tzinfo=UTC), TerminationReason.IDLE_TIMEOUT)
+"""What a heartbeat says of a session that is not over by itself soon."""
 # Combining marks, emoji joined by ZWJ, right-to-left text, an astral letter, a variation selector.
 WORLD_TEXT = "e\u0301\u0323 👩‍👩‍👧‍👦 שָׁלוֹם 𝔘 ❤\ufe0f 漢字 "
 
@@ -82,7 +87,7 @@ class World:
     def close(self) -> None:
         """Let followers, threads and connections to Redis go."""
         self.services.hub.close()
-        for client in (self.redis, self.services.hub._redis):
+        for client in (self.redis, self.services.hub._redis, self.services.limits._redis):
             client.connection_pool.disconnect()
 
     # People and conversations
@@ -223,7 +228,8 @@ def make_world(settings: Settings, database: Database | None = None) -> World:
     queue = RecordingQueue()
     manager = StreamSessionManager(made.database, made.log, queue, settings, made.queries)
     reaper = Reaper(made.database, made.log, manager, made.queries, settings)
-    return World(dataclasses.replace(made, manager=manager, reaper=reaper), queue)
+    calls = Calls(settings, made.conversations, manager, made.queries, made.upstream, made.limits)
+    return World(dataclasses.replace(made, manager=manager, reaper=reaper, calls=calls), queue)
 
 
 def make_settings(database_url: str, redis_url: str, data_dir: Path, **overrides: Any) -> Settings:

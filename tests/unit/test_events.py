@@ -15,11 +15,14 @@ from webapp.streams.events import (
     DONE_SEQ,
     MESSAGE,
     PHASE,
+    RECONNECT,
     SESSION,
     START,
     THINKING,
     LogEntry,
     Position,
+    SentEvent,
+    decode_events,
     done_position,
     encode_event,
     encode_json_event,
@@ -150,6 +153,21 @@ class TestEncoding:
     def test_the_comment_is_one_to_every_parser(self) -> None:
         assert COMMENT.startswith(b":")
         assert COMMENT.endswith(b"\n\n")
+
+    def test_several_in_one_piece_are_told_apart_again(self) -> None:
+        whole = (
+            RECONNECT
+            + encode_json_event(SESSION, {"model": "a: b"})
+            + COMMENT
+            + LogEntry(Position(9, 0), MESSAGE, text=f"\n\n{FAMILY}").encode()
+            + encode_event(DONE, b"{}", done_position(9))
+        )
+        assert list(decode_events(whole)) == [
+            SentEvent(SESSION, {"model": "a: b"}, None),
+            SentEvent(MESSAGE, {"content": f"\n\n{FAMILY}"}, "9-0"),
+            SentEvent(DONE, {}, f"9-{DONE_SEQ}"),
+        ]
+        assert list(decode_events(COMMENT)) == []
 
     @given(texts.filter(bool))
     def test_a_text_is_one_line_of_json_whatever_it_holds(self, text: str) -> None:

@@ -184,6 +184,7 @@ def test_a_session_is_active_only_in_that_status(status: StreamStatus) -> None:
         ended_at=None,
         terminated_by=None,
         viewers=0,
+        on_disconnect="continue",
     )
     assert view.active == (status is StreamStatus.ACTIVE)
     assert view.as_dict()["status"] == status.value

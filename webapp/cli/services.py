@@ -27,9 +27,11 @@ def open_services() -> Services:
     """Everything; needs the database and Redis to be there when it is used."""
     from webapp.app import make_services
     from webapp.logs import configure_logs
+    from webapp.metrics import share
 
     settings = quiet_settings()
     configure_logs(settings)
+    share(settings.metrics_directory)  # a command may end a stream, which counts as any ending does
     return make_services(settings)
 
 

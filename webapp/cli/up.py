@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def _end_leftovers(directory: Path) -> None:
     if url and shut_down(url):
         _say("Ended the Valkey that a killed `sluicegate up` had left running", to_stderr=True)
     embedded.unlink(missing_ok=True)
+    shutil.rmtree(directory / "metrics", ignore_errors=True)  # its counters begin with it
 
 
 class _Stopped(Exception):

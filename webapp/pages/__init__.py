@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from flask import Blueprint, Response, redirect, render_template, request, url_for
+import flask_swagger_ui
+from flask import Blueprint, Response, current_app, redirect, render_template, request, send_from_directory, url_for
 from flask.typing import ResponseReturnValue
 
 from webapp import auth
-from webapp.errors import CSRFFailed, SluicegateError, Unauthenticated
+from webapp.errors import CSRFFailed, SluicegateError, TooManyRequests, Unauthenticated
+from webapp.limits import Limits
 
 # Not under /static: that path is the application's own.
 pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/assets")
@@ -28,6 +31,8 @@ _CONTENT_SECURITY_POLICY: Final = "; ".join(
         "base-uri 'none'",
     )
 )
+_SWAGGER_UI: Final = Path(flask_swagger_ui.__file__).parent / "dist"
+_SWAGGER_UI_SECONDS: Final = 3600
 _CONVERSATION_PATH: Final = re.compile(r"/c/[0-9a-fA-F-]{36}", re.ASCII)
 
 
@@ -53,11 +58,15 @@ def sign_in_form() -> ResponseReturnValue:
 @pages.post("/sign-in")
 def sign_in() -> ResponseReturnValue:
     """Exchange a one-time sign-in token, or an API token, for the session cookie."""
+    limits: Limits = current_app.extensions["sluicegate"].limits
+    address = request.remote_addr or ""
     try:
-        auth.check_csrf()
+        auth.check_csrf()  # first: another site must not use up somebody's tries
+        limits.hit_sign_in(address)
         auth.sign_in_with_token(request.form.get("token", ""))
-    except (CSRFFailed, Unauthenticated) as error:
-        return _render_sign_in(error=error), error.status
+        limits.forgive_sign_in(address)
+    except (CSRFFailed, TooManyRequests, Unauthenticated) as error:
+        return _render_sign_in(error=error), error.status, _retry_after(error)
     return redirect(_landing_path(), 303)
 
 
@@ -73,13 +82,25 @@ def sign_out() -> ResponseReturnValue:
     return redirect(url_for(".sign_in_form"), 303)
 
 
+@pages.get("/docs")
+def api() -> ResponseReturnValue:
+    """The OpenAPI document, to be read and tried; without any other server's scripts."""
+    return render_template("pages/docs.html")
+
+
+@pages.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):name>")
+def swagger_ui(name: str) -> Response:
+    """Swagger UI's own files, as they are installed."""
+    return send_from_directory(_SWAGGER_UI, name, max_age=_SWAGGER_UI_SECONDS)
+
+
 @pages.after_request
 def set_security_headers(response: Response) -> Response:
     """No script or style but ours, and no address with a token in it told to anybody."""
     response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
-    if request.endpoint != "pages.static":
+    if request.endpoint not in ("pages.static", "pages.swagger_ui"):
         response.headers["Cache-Control"] = "no-store"
     return response
 
@@ -92,6 +113,10 @@ def _render_sign_in(token: str = "", error: SluicegateError | None = None) -> st
         landing_path=_landing_path(),
         user=auth.current_user(),
     )
+
+
+def _retry_after(error: SluicegateError) -> dict[str, str]:
+    return {"Retry-After": str(error.retry_after_seconds)} if error.retry_after_seconds else {}
 
 
 def _landing_path() -> str:

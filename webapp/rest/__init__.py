@@ -5,28 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from apiflask import APIFlask
-from flask import Request, request
-from werkzeug.exceptions import BadRequest
+from flask import Request, Response
 
 from webapp import auth
 from webapp.config import Settings
-from webapp.errors import NotJSON, UnsupportedMediaType
 from webapp.rest.conversations import conversations
+from webapp.rest.openapi import configure_openapi
 from webapp.rest.problems import configure_problems
 from webapp.rest.streams import streams
 from webapp.rest.system import system
+from webapp.schemas import require_json
 
 
 def configure_rest(app: APIFlask, settings: Settings) -> None:
     """Register the calls, their errors and the limits of a request."""
     app.config["MAX_CONTENT_LENGTH"] = settings.request_limit_bytes
-    app.config["OPENAPI_VERSION"] = "3.1.0"
-    app.config["VALIDATION_ERROR_DESCRIPTION"] = "The request is not valid"
-    app.security_schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
     app.request_class = _Request
+    app.after_request(_set_security_headers)
+    configure_openapi(app, settings)
     configure_problems(app)
     for blueprint in (conversations, streams, system):
         app.register_blueprint(blueprint)
+
+
+def _set_security_headers(response: Response) -> Response:
+    """What is no page is never shown as one, whatever is in it; a page says for itself what it may do."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if response.mimetype != "text/html":
+        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+    return response
 
 
 class _Request(Request):
@@ -41,21 +48,7 @@ def _require_user() -> None:
     auth.require_user()
 
 
-def _require_json() -> None:
-    """A body is JSON and says so: that a browser cannot send across sites without asking."""
-    if request.method not in ("POST", "PUT", "PATCH") or not request.get_data():
-        return
-    if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
-        raise UnsupportedMediaType("Send the body with Content-Type: application/json")
-    try:
-        body = request.get_json(force=True)
-    except (BadRequest, RecursionError):  # the latter of what is nested too deeply
-        raise NotJSON("The body is not JSON: send a JSON object") from None
-    if not isinstance(body, dict):
-        raise NotJSON("The body must be a JSON object")
-
-
 # Here and not where the application is made: a blueprint is one for all applications of a process.
 for guarded in (conversations, streams):
     guarded.before_request(_require_user)
-    guarded.before_request(_require_json)
+    guarded.before_request(require_json)

@@ -2,80 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Final
 from uuid import UUID
 
 from apiflask import APIBlueprint
-from flask import current_app, jsonify
+from flask import jsonify
 from flask.typing import ResponseReturnValue
 
-from webapp import auth
-from webapp.auth import Action
-from webapp.rest.openapi import described, problems
-from webapp.rest.schemas import ConversationChange, ConversationPage, NewConversation
-from webapp.streams.lifecycle import TerminationReason
-from webapp.views import ConversationView, MessageView
+from webapp.calls import calls
+from webapp.rest.openapi import described, problems, schema_of
+from webapp.schemas import ConversationChange, ConversationPage, MemberBody, NewConversation
+from webapp.views import ConversationView, MemberView, MessageView, SessionView
 
 conversations = APIBlueprint("conversations", __name__, url_prefix="/api/conversations", tag="Conversations")
 
-UNTITLED = "New conversation"
+_NEXT_CURSOR: Final = {"nextCursor": {"type": ["string", "null"], "format": "uuid"}}
+_ACTIVE_STREAMS: Final = {"activeStreams": {"type": "array", "items": schema_of(SessionView)}}
 
 
 @conversations.post("")
 @conversations.input(NewConversation, arg_name="body")
 @conversations.doc(
-    responses={201: described(ConversationView, "The conversation"), **problems(400, 401, 413, 415, 503)}
+    responses={201: described(ConversationView, "The conversation"), **problems(400, 401, 403, 413, 415)}
 )
 def create(body: NewConversation) -> ResponseReturnValue:
     """Begin a conversation"""
-    services = current_app.extensions["sluicegate"]
-    made = services.conversations.create(auth.require_user().id, body.title or UNTITLED)
+    made = calls().create_conversation(body.title)
     return jsonify(made.as_dict()), 201, {"Location": f"/api/conversations/{made.id}"}
 
 
 @conversations.get("")
 @conversations.input(ConversationPage, location="query", arg_name="query")
-@conversations.doc(responses={200: "A page, newest first, and the cursor of the next", **problems(401)})
+@conversations.doc(
+    responses={
+        200: described(ConversationView, "A page, newest first", page=True, more=_NEXT_CURSOR),
+        **problems(401),
+    }
+)
 def list_conversations(query: ConversationPage) -> ResponseReturnValue:
     """List your conversations"""
-    services = current_app.extensions["sluicegate"]
-    found, following = services.conversations.list(auth.require_user().id, query.limit, query.cursor)
+    found, following = calls().conversations(query.limit, query.cursor)
     return jsonify({"items": [one.as_dict() for one in found], "nextCursor": str(following) if following else None})
 
 
 @conversations.get("/<uuid:conversation_id>")
-@conversations.doc(responses={200: described(ConversationView, "The conversation"), **problems(401, 404)})
+@conversations.doc(
+    responses={200: described(ConversationView, "The conversation", more=_ACTIVE_STREAMS), **problems(401, 404)}
+)
 def get(conversation_id: UUID) -> ResponseReturnValue:
     """Look at a conversation and its active streams"""
-    return jsonify(_with_streams(auth.require(conversation_id, Action.READ)))
+    return jsonify(_with_streams(calls().conversation(conversation_id)))
 
 
 @conversations.patch("/<uuid:conversation_id>")
 @conversations.input(ConversationChange, arg_name="body")
 @conversations.doc(
-    responses={200: described(ConversationView, "The conversation"), **problems(400, 401, 403, 404, 415)}
+    responses={
+        200: described(ConversationView, "The conversation", more=_ACTIVE_STREAMS),
+        **problems(400, 401, 403, 404, 413, 415),
+    }
 )
 def rename(conversation_id: UUID, body: ConversationChange) -> ResponseReturnValue:
     """Rename a conversation"""
-    auth.require(conversation_id, Action.MANAGE)
-    current_app.extensions["sluicegate"].conversations.rename(conversation_id, body.title)
-    return jsonify(_with_streams(auth.require(conversation_id, Action.READ)))
+    return jsonify(_with_streams(calls().rename_conversation(conversation_id, body.title)))
 
 
 @conversations.delete("/<uuid:conversation_id>")
-@conversations.doc(responses={204: "Deleted", **problems(401, 403, 404, 503)})
+@conversations.doc(responses={204: "Deleted", **problems(401, 403, 404)})
 def delete(conversation_id: UUID) -> ResponseReturnValue:
     """Delete a conversation, ending its active stream first"""
-    auth.require(conversation_id, Action.MANAGE)
-    _end_streams(conversation_id)
-    current_app.extensions["sluicegate"].conversations.hide(conversation_id)
-    _end_streams(conversation_id)  # one may have begun in between; from now on none can
+    calls().delete_conversation(conversation_id)
     return "", 204
-
-
-def _end_streams(conversation_id: UUID) -> None:
-    services, by = current_app.extensions["sluicegate"], auth.require_user().name
-    for active in services.queries.active_in(conversation_id):
-        services.manager.terminate(active.session_id, TerminationReason.CONVERSATION_DELETED, by=by)
 
 
 @conversations.get("/<uuid:conversation_id>/messages")
@@ -84,11 +81,33 @@ def _end_streams(conversation_id: UUID) -> None:
 )
 def messages(conversation_id: UUID) -> ResponseReturnValue:
     """Read a conversation's messages"""
-    auth.require(conversation_id, Action.READ)
-    found = current_app.extensions["sluicegate"].conversations.messages(conversation_id)
+    found = calls().messages(conversation_id)
     return jsonify({"items": [one.as_dict() for one in found]})
 
 
+@conversations.get("/<uuid:conversation_id>/members")
+@conversations.doc(responses={200: described(MemberView, "The members, by name", page=True), **problems(401, 404)})
+def members(conversation_id: UUID) -> ResponseReturnValue:
+    """List a conversation's members"""
+    return jsonify({"items": [one.as_dict() for one in calls().members(conversation_id)]})
+
+
+@conversations.put("/<uuid:conversation_id>/members/<name>")
+@conversations.input(MemberBody, arg_name="body")
+@conversations.doc(responses={200: described(MemberView, "The member"), **problems(400, 401, 403, 404, 409, 413, 415)})
+def set_member(conversation_id: UUID, name: str, body: MemberBody) -> ResponseReturnValue:
+    """Make a user a member, or give a member another role"""
+    return jsonify(calls().set_member(conversation_id, name, body.role).as_dict())
+
+
+@conversations.delete("/<uuid:conversation_id>/members/<name>")
+@conversations.doc(responses={204: "Removed", **problems(401, 403, 404, 409)})
+def remove_member(conversation_id: UUID, name: str) -> ResponseReturnValue:
+    """Take a member out, or leave"""
+    calls().remove_member(conversation_id, name)
+    return "", 204
+
+
 def _with_streams(conversation: ConversationView) -> dict[str, object]:
-    active = current_app.extensions["sluicegate"].queries.active_in(conversation.id)
+    active = calls().active_streams_in(conversation.id)
     return conversation.as_dict() | {"activeStreams": [one.as_dict() for one in active]}

@@ -26,6 +26,7 @@ _BY_STATUS: Final[dict[int, type[SluicegateError]]] = {
     413: errors.TooLarge,
     415: errors.UnsupportedMediaType,
     422: errors.Invalid,
+    429: errors.TooManyRequests,
     503: errors.Unavailable,
 }
 

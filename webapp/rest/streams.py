@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any, cast
+from typing import Final
 from uuid import UUID
 
 from apiflask import APIBlueprint
-from flask import Response, current_app, jsonify, request, url_for
+from flask import Response, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 
-from webapp import auth
-from webapp.auth import Action
-from webapp.errors import ConversationBusy, Invalid, NotFound, TooLarge
+from webapp.calls import calls
 from webapp.rest.openapi import EVENT_STREAM, described, problems
-from webapp.rest.schemas import NewMessageBody, StreamFilter, TerminateBody
 from webapp.rest.sse import requested_cursor, stream_response
-from webapp.streams.lifecycle import TerminationReason
-from webapp.streams.ports import NewMessage, RequestKey
-from webapp.views import ReceiptView, SessionView, camel_case
+from webapp.schemas import NewMessageBody, StreamFilter, TerminateBody
+from webapp.views import ModelView, ReceiptView, SessionView
 
 streams = APIBlueprint("streams", __name__, url_prefix="/api", tag="Streams")
+
+ACCEPTED: Final = described(
+    SessionView,
+    "A new session (to a message: with `Accept: application/json`)",
+    only=("sessionId", "conversationId", "messageId", "status"),
+    more={"eventsUrl": {"type": "string"}},
+)
+_DEFAULT_MODEL: Final = {"defaultModel": {"type": ["string", "null"]}}
 
 
 @streams.post("/stream-message")
@@ -29,8 +31,8 @@ streams = APIBlueprint("streams", __name__, url_prefix="/api", tag="Streams")
 @streams.doc(
     responses={
         200: EVENT_STREAM,
-        202: "Accepted (with Accept: application/json)",
-        **problems(400, 401, 403, 404, 409, 413, 415, 429, 503),
+        202: ACCEPTED,
+        **problems(400, 401, 403, 404, 409, 413, 415, 429),
     }
 )
 def stream_message(body: NewMessageBody) -> ResponseReturnValue:
@@ -39,9 +41,13 @@ def stream_message(body: NewMessageBody) -> ResponseReturnValue:
     With `Accept: application/json` the answer is 202 with the session's ids; otherwise this very response is the
     stream.
     """
-    session = _start(body, _request_key())
+    session = calls().send(body.request(), request.headers.get("Idempotency-Key"))
     if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) != "application/json":
         return stream_response(session)
+    return _accepted(session)
+
+
+def _accepted(session: SessionView) -> ResponseReturnValue:
     answer = {name: session.as_dict()[name] for name in ("sessionId", "conversationId", "messageId", "status")}
     answer["eventsUrl"] = url_for("streams.stream_events", session_id=session.session_id)
     headers = {
@@ -52,61 +58,17 @@ def stream_message(body: NewMessageBody) -> ResponseReturnValue:
     return jsonify(answer), 202, headers
 
 
-def _request_key() -> RequestKey | None:
-    """The Idempotency-Key header, which lets a client repeat a request whose answer it did not get."""
-    key = request.headers.get("Idempotency-Key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= 255 or not key.isprintable():
-        problem = "must have 1 to 255 printable characters"
-        raise Invalid(f"Idempotency-Key {problem}", errors=[{"field": "Idempotency-Key", "message": problem}])
-    body = json.dumps(request.get_json(), sort_keys=True)
-    return RequestKey(auth.require_user().id, key, hashlib.sha256(body.encode()).hexdigest())
-
-
-def _start(body: NewMessageBody, key: RequestKey | None) -> SessionView:
-    services = current_app.extensions["sluicegate"]
-    if key is not None and (same := services.manager.repeated(key)):
-        auth.require(same.conversation_id, Action.READ)  # it may have been deleted since, or taken from the user
-        return cast(SessionView, same)
-    user = auth.require_user()
-    _check_length(body.content, services.settings.message_limit_characters)
-    if body.conversation_id is not None:
-        auth.require(body.conversation_id, Action.SEND)
-    new = NewMessage(
-        user_id=user.id,
-        content=body.content,
-        model=body.model or services.upstream.default_model(),
-        conversation_id=body.conversation_id,
-        options=body.options,
-        think=body.think,
-        keep_alive=body.keep_alive or services.settings.keep_alive or None,
-        on_disconnect=body.on_disconnect,
-        request_key=key,
-    )
-    try:
-        return services.manager.start(new)
-    except ConversationBusy:
-        if body.on_active != "terminate" or body.conversation_id is None:
-            raise
-    for active in services.queries.active_in(body.conversation_id):
-        services.manager.terminate(active.session_id, TerminationReason.SUPERSEDED, by=user.name)
-    return services.manager.start(new)
-
-
-def _check_length(content: str, limit: int) -> None:
-    if len(content) > limit:
-        raise TooLarge(f"content: {len(content)} characters are more than the {limit} allowed", field="content")
-
-
 @streams.get("/streams")
 @streams.input(StreamFilter, location="query", arg_name="query")
-@streams.doc(responses={200: "The streams of your conversations, newest first", **problems(401)})
+@streams.doc(
+    responses={
+        200: described(SessionView, "The streams of your conversations, newest first", page=True),
+        **problems(401),
+    }
+)
 def list_streams(query: StreamFilter) -> ResponseReturnValue:
     """List streams"""
-    found = current_app.extensions["sluicegate"].queries.list_streams(
-        active_only=query.status == "ACTIVE", user_id=auth.require_user().id, limit=query.limit
-    )
+    found = calls().streams(active_only=query.status == "ACTIVE", limit=query.limit)
     return jsonify({"items": [one.as_dict() for one in found]})
 
 
@@ -114,7 +76,7 @@ def list_streams(query: StreamFilter) -> ResponseReturnValue:
 @streams.doc(responses={200: described(SessionView, "The stream"), **problems(401, 404)})
 def stream(session_id: UUID) -> ResponseReturnValue:
     """Look at a stream"""
-    return jsonify(_visible(session_id, Action.READ).as_dict())
+    return jsonify(calls().stream(session_id).as_dict())
 
 
 @streams.get("/streams/<uuid:session_id>/events")
@@ -122,39 +84,48 @@ def stream(session_id: UUID) -> ResponseReturnValue:
 def stream_events(session_id: UUID) -> Response:
     """Follow a stream, from the start or from `Last-Event-ID`"""
     cursor = requested_cursor()
-    return stream_response(_visible(session_id, Action.READ), cursor)
+    return stream_response(calls().stream(session_id), cursor)
 
 
 @streams.post("/terminate-stream")
 @streams.input(TerminateBody, arg_name="body")
-@streams.doc(responses={200: described(ReceiptView, "How it ended"), **problems(400, 401, 403, 404, 415, 503)})
+@streams.doc(responses={200: described(ReceiptView, "How it ended"), **problems(400, 401, 403, 404, 413, 415)})
 def terminate_stream(body: TerminateBody) -> ResponseReturnValue:
     """Terminate a stream
 
     The receipt is the same to every caller, however many, however often.
     """
-    session = _visible(body.session_id, Action.TERMINATE)
-    if body.conversation_id is not None and body.conversation_id != session.conversation_id:
-        raise NotFound(f"There is no stream {body.session_id} in conversation {body.conversation_id} that you can see")
-    manager = current_app.extensions["sluicegate"].manager
-    receipt = manager.terminate(session.session_id, TerminationReason.USER, by=auth.require_user().name)
-    return jsonify(receipt.as_dict())
+    return jsonify(calls().terminate(body.session_id, body.conversation_id).as_dict())
+
+
+@streams.post("/streams/<uuid:session_id>/continue")
+@streams.doc(responses={202: ACCEPTED, **problems(400, 401, 403, 404, 409, 413, 415, 429)})
+def continue_stream(session_id: UUID) -> ResponseReturnValue:
+    """Go on with an answer that has ended
+
+    The new session goes on writing the same message from where its partial ends; its stream opens with that partial.
+    """
+    return _accepted(calls().continue_stream(session_id, request.headers.get("Idempotency-Key")))
+
+
+@streams.post("/streams/<uuid:session_id>/retry")
+@streams.doc(responses={202: ACCEPTED, **problems(400, 401, 403, 404, 409, 413, 415, 429)})
+def retry_stream(session_id: UUID) -> ResponseReturnValue:
+    """Answer the same question anew
+
+    The old answer is kept, and names the new one as `replacedBy`.
+    """
+    return _accepted(calls().retry_stream(session_id, request.headers.get("Idempotency-Key")))
 
 
 @streams.get("/models")
-@streams.doc(responses={200: "The models, the default one first", **problems(401, 503)})
+@streams.doc(
+    responses={
+        200: described(ModelView, "The models, the default one first", page=True, more=_DEFAULT_MODEL),
+        **problems(401),
+    }
+)
 def models() -> ResponseReturnValue:
     """List what the upstream offers"""
-    upstream = current_app.extensions["sluicegate"].upstream
-    found: list[dict[str, Any]] = upstream.models()
-    return jsonify({"items": found, camel_case("default_model"): upstream.default_model() if found else None})
-
-
-def _visible(session_id: UUID, action: Action) -> SessionView:
-    """The session, where the asking user may do this in its conversation."""
-    session: SessionView = current_app.extensions["sluicegate"].queries.view(session_id)
-    try:
-        auth.require(session.conversation_id, action)
-    except NotFound:
-        raise NotFound(f"There is no stream {session_id} that you can see") from None
-    return session
+    found, default_model = calls().models()
+    return jsonify({"items": [one.as_dict() for one in found], "defaultModel": default_model})

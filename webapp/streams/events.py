@@ -9,6 +9,7 @@ Redis stream, the `id` of the server-sent event and the resume cursor.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -41,7 +42,7 @@ class Position(NamedTuple):
         match = _CURSOR.fullmatch(cursor)
         if match is None or int(match[2]) > DONE_SEQ:
             raise InvalidCursor(
-                f"Last-Event-ID {cursor[:40]!r} is not a position: send back an `id` as it was received, or none"
+                f"{cursor[:40]!r} is not a position to resume from: send back an `id` as it was received, or none"
             )
         return cls(int(match[1]), int(match[2]))
 
@@ -116,6 +117,28 @@ def encode_event(kind: str, data: bytes, position: Position | None = None) -> by
 def encode_json_event(kind: str, data: dict[str, Any], position: Position | None = None) -> bytes:
     """As `encode_event`, for data that is not JSON yet."""
     return encode_event(kind, orjson.dumps(data), position)
+
+
+@dataclass(frozen=True, slots=True)
+class SentEvent:
+    """An event as a reader is sent it; `id` is None where its arrival moves no cursor."""
+
+    kind: str
+    data: dict[str, Any]
+    id: str | None
+
+
+def decode_events(piece: bytes) -> Iterator[SentEvent]:
+    """What `encode_event` wrote, several events in one piece; comments and `retry` are passed over."""
+    for block in piece.split(b"\n\n"):
+        fields = dict(line.split(b": ", 1) for line in block.split(b"\n") if line and not line.startswith(b":"))
+        if data := fields.get(b"data"):
+            identity = fields.get(b"id")
+            yield SentEvent(
+                fields.get(b"event", MESSAGE.encode()).decode(),
+                orjson.loads(data),
+                identity.decode() if identity else None,
+            )
 
 
 def phase_data(phase: str, attempt: int, queue_position: int | None = None) -> bytes:

@@ -14,8 +14,10 @@ from uuid import UUID
 import structlog
 from redis.exceptions import RedisError
 
+from webapp import metrics
 from webapp.config import Settings
 from webapp.errors import InvalidCursor, Unavailable
+from webapp.models import OnDisconnect
 from webapp.streams.events import (
     COMMENT,
     DONE,
@@ -85,6 +87,10 @@ class Follower:
 
     def events(self) -> Iterator[bytes]:
         """Server-sent events, several in one piece where several are there; ends after `done`, or when closed."""
+        with metrics.reading():
+            yield from self._events()
+
+    def _events(self) -> Iterator[bytes]:
         session = self._session
         yield RECONNECT + encode_json_event(
             SESSION,
@@ -96,9 +102,13 @@ class Follower:
             },
         )
         if session.active:
-            if session.phase is StreamPhase.QUEUED and self._cursor == START:
-                yield self._queued()
-            yield from self._live()
+            self._hub.arrive(self.session_id, abandonable=session.on_disconnect == OnDisconnect.TERMINATE)
+            try:
+                if session.phase is StreamPhase.QUEUED and self._cursor == START:
+                    yield self._queued()
+                yield from self._live()
+            finally:
+                self._hub.leave(self.session_id)
         else:
             yield from self._from_database()
 
@@ -218,7 +228,7 @@ def check_cursor(cursor: Position, session: SessionView) -> bool:
     if session.active:
         return True
     if cursor.offset > total:
-        raise InvalidCursor(f"Last-Event-ID {str(cursor)!r} lies beyond the stream's end, which is at {total}")
+        raise InvalidCursor(f"The position {str(cursor)!r} lies beyond the stream's end, which is at {total}")
     return cursor != done_position(total)
 
 

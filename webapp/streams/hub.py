@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
@@ -31,6 +31,7 @@ BLOCK_MS: Final = 2000
 """Shorter than redis-py's socket time-out, or an idle read would be taken for a broken one."""
 READ_ENTRIES: Final = 1000
 RETRY_SECONDS: Final = 0.25
+REPORT_PAUSE_SECONDS: Final = 0.1
 VIEWERS_FRESH_SECONDS: Final = 15
 VIEWERS_TTL_SECONDS: Final = 30
 WAKE_TTL_SECONDS: Final = 60
@@ -57,8 +58,7 @@ class Signal(Enum):
 class Subscription:
     """One follower's entries, in order, from the position at which it was attached."""
 
-    def __init__(self, limit_bytes: int, *, viewer: bool = True) -> None:
-        self.viewer = viewer
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
         self._items: deque[Delivery] = deque()
@@ -117,19 +117,29 @@ class StreamHub:
         buffer_bytes: int,
         check_seconds: float,
         ended_among: Callable[[Sequence[UUID]], Iterable[UUID]],
+        report_seconds: float = 5.0,
     ) -> None:
         """`buffer_bytes`: held for one slow reader. `check_seconds`: silence after which the database is asked,
-        through `ended_among`, which of the silent sessions have ended."""
+        through `ended_among`, which of the silent sessions have ended. `report_seconds`: between two reports of
+        who is watching, where nobody comes or goes."""
         self._redis = client
         self._log = token_log
         self._buffer_bytes = buffer_bytes
         self._check_seconds = check_seconds
         self._ended_among = ended_among
+        self._report_seconds = report_seconds
+        self.watched: Callable[[Sequence[UUID]], None] = lambda session_ids: None
+        """Told at each report which sessions, of those that end when nobody watches, are being watched."""
         self._channels: dict[UUID, _Channel] = {}
         self._by_key: dict[bytes, _Channel] = {}
         self._id = uuid4().hex
         self._wake_last = "0-0"
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._watching: Counter[UUID] = Counter()
+        self._abandonable: set[UUID] = set()
+        self._left: set[UUID] = set()
+        self._report_due = threading.Event()
         self._started = False
         self._closed = threading.Event()
         self.healthy = True
@@ -137,14 +147,33 @@ class StreamHub:
 
     # -- followers -----------------------------------------------------------------------------
 
-    def attach(self, session_id: UUID, last: Position, *, viewer: bool = True) -> tuple[Subscription, Position]:
-        """Begin to receive a session's entries; `viewer`: whether this counts as somebody watching.
+    def arrive(self, session_id: UUID, *, abandonable: bool) -> None:
+        """Somebody watches a session from now on; `abandonable`: whether it ends when nobody does."""
+        self._start()
+        with self._lock:
+            self._watching[session_id] += 1
+            if abandonable:
+                self._abandonable.add(session_id)
+        self._report_due.set()
+
+    def leave(self, session_id: UUID) -> None:
+        """One of those who watched a session has gone."""
+        with self._lock:
+            self._watching[session_id] -= 1
+            if not self._watching[session_id]:
+                del self._watching[session_id]
+                self._abandonable.discard(session_id)
+                self._left.add(session_id)
+        self._report_due.set()
+
+    def attach(self, session_id: UUID, last: Position) -> tuple[Subscription, Position]:
+        """Begin to receive a session's entries.
 
         Returns the subscription, and the position after which it delivers: what lies between `last` and that
         the caller reads from the log.
         """
         self._start()
-        subscription = Subscription(self._buffer_bytes, viewer=viewer)
+        subscription = Subscription(self._buffer_bytes)
         with self._lock:
             channel = self._channels.get(session_id)
             fresh = channel is None
@@ -173,7 +202,7 @@ class StreamHub:
     def wait_done(self, session_id: UUID, timeout_seconds: float) -> bool:
         """Block until a session's `done` is in its log; False where it does not come in time."""
         deadline = time.monotonic() + timeout_seconds
-        subscription, _ = self.attach(session_id, self._log.last_position(session_id) or START, viewer=False)
+        subscription, _ = self.attach(session_id, self._log.last_position(session_id) or START)
         try:
             last = self._log.last_position(session_id)
             if last is not None and last.seq == DONE_SEQ:
@@ -193,11 +222,23 @@ class StreamHub:
     def close(self) -> None:
         """Let every reader go, so that the process can stop; they come back to another with their cursors."""
         self._closed.set()
+        self._report_due.set()
         with self._lock:
             channels = list(self._channels.values())
         for channel in channels:
             for subscription in list(channel.subscriptions):
                 subscription.signal(Signal.CLOSED)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loops run that serve every reader; they are started with the first one."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def readers(self) -> int:
+        """How many readers this process serves."""
+        with self._lock:
+            return self._watching.total()
 
     @property
     def followed(self) -> int:
@@ -212,15 +253,21 @@ class StreamHub:
         oldest = time.time() - VIEWERS_FRESH_SECONDS
         return [sum(_count(report, oldest) for report in reports) for reports in pipe.execute()]
 
-    # -- the two loops -------------------------------------------------------------------------
+    # -- the loops -------------------------------------------------------------------------
 
     def _start(self) -> None:
         with self._lock:
             if self._started:
                 return
             self._started = True
-        for name, step in (("hub.read", self._read_once), ("hub.check", self._check_once)):
-            threading.Thread(target=self._forever, args=(name, step), name=name, daemon=True).start()
+        loops = (
+            ("hub.read", self._read_once),
+            ("hub.check", self._check_once),
+            ("hub.report", self._report_once),
+        )
+        for name, step in loops:
+            self._threads.append(threading.Thread(target=self._forever, args=(name, step), name=name, daemon=True))
+            self._threads[-1].start()
 
     def _forever(self, name: str, step: Callable[[], None]) -> None:
         """These loops serve every reader: an error ends a step, never the loop."""
@@ -273,7 +320,7 @@ class StreamHub:
                 subscription.put(delivery)
 
     def _check_once(self) -> None:
-        """Ask the database about streams that are silent or cannot be read; report who is watching."""
+        """Ask the database about streams that are silent or cannot be read."""
         if self._closed.wait(self._check_seconds):
             return
         with self._lock:
@@ -284,16 +331,30 @@ class StreamHub:
             if channel := self._channels.get(session_id):
                 for subscription in list(channel.subscriptions):
                     subscription.signal(Signal.ENDED)
-        self._report_viewers(channels)
 
-    def _report_viewers(self, channels: Sequence[_Channel]) -> None:
-        if not channels:
+    def _report_once(self) -> None:
+        """Say who is watching: as soon as somebody comes or goes, and again and again."""
+        self._report_due.wait(self._report_seconds)
+        self._report_due.clear()
+        with self._lock:
+            viewers, abandonable = dict(self._watching), list(self._abandonable)
+            left, self._left = self._left - viewers.keys(), set()
+        if abandonable:
+            self.watched(abandonable)
+        self._report_viewers(viewers | dict.fromkeys(left, 0))
+        time.sleep(REPORT_PAUSE_SECONDS)  # whoever comes and goes in the meantime is reported together
+
+    def _report_viewers(self, viewers: dict[UUID, int]) -> None:
+        if not viewers:
             return
         pipe = self._redis.pipeline(transaction=False)
-        for channel in channels:
-            key = viewers_key(channel.session_id)
-            pipe.hset(key, self._id, f"{sum(one.viewer for one in channel.subscriptions)}:{time.time():.0f}")
-            pipe.expire(key, VIEWERS_TTL_SECONDS)
+        for session_id, count in viewers.items():
+            key = viewers_key(session_id)
+            if count:
+                pipe.hset(key, self._id, f"{count}:{time.time():.0f}")
+                pipe.expire(key, VIEWERS_TTL_SECONDS)
+            else:
+                pipe.hdel(key, self._id)
         pipe.execute()
 
 

@@ -8,6 +8,7 @@
 | `sg:workers` | sorted set: worker's node name by Unix seconds when it was last alive | a minute | workers |
 | `sg:reaper` | string: held while a pass of the reaper runs | ten seconds | reaper |
 | `sg:hub:HUB:wake` | stream of one entry: wakes a hub's blocking read | a minute | hub |
+| `sg:limit:LIMITER/WHAT/WHO/RATE` | string: how often a user or an address did WHAT | the rate's window | limits |
 
 A state holds `epoch`, `owner`, `end` and `tlen` (code points of text, and of thinking), `seq` (of the last event
 at `end`), `phase` and `marked` (the epoch that it was marked at), `fence` (the reason) and `fenced_us`, `lease_us`
@@ -49,3 +50,5 @@ def _key(session_id: UUID, part: str) -> str:
 
 REAPER_KEY = f"{_PREFIX}:reaper"
 WORKERS_KEY = f"{_PREFIX}:workers"
+LIMIT_PREFIX = f"{_PREFIX}:limit"
+"""Of the counters of rates, whose names are completed by the library that counts."""

@@ -140,9 +140,12 @@ class TokenLog:
         if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
             raise Unavailable(f"Redis may evict ({memory['maxmemory_policy']}): set maxmemory-policy noeviction")
 
-    def open(self, session_id: UUID, epoch: int, owner: str = "") -> Answer:
-        """OPEN: create the state, or raise it to `epoch`. OK and FENCED carry the end; STALE: a newer epoch stands."""
-        return self._call("open", _keys(session_id), (epoch, owner, self._live_seconds))
+    def open(self, session_id: UUID, epoch: int, owner: str = "", *, live_seconds: int | None = None) -> Answer:
+        """OPEN: create the state, or raise it to `epoch`. OK and FENCED carry the end; STALE: a newer epoch stands.
+
+        `live_seconds`: the TTL until the next OPEN or the end; None: the usual one.
+        """
+        return self._call("open", _keys(session_id), (epoch, owner, live_seconds or self._live_seconds))
 
     def append(self, piece: Append) -> Answer:
         """APPEND one piece. OK carries the new end, BEHIND the end from which to resend."""

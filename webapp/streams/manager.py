@@ -21,30 +21,24 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from webapp import metrics, tracing
 from webapp.config import Settings
 from webapp.database import Database
-from webapp.errors import ConversationBusy, Invalid, NotFound, TooManyStreams, Unavailable
-from webapp.models import (
-    Conversation,
-    Member,
-    Message,
-    MessageRole,
-    Role,
-    StreamSession,
-    new_id,
-    now,
-)
-from webapp.streams import rows
+from webapp.errors import Conflict, ConversationBusy, Invalid, TooManyStreams, Unavailable
+from webapp.logs import bind, brief
+from webapp.models import StreamSession, now
+from webapp.streams import endings, rows
+from webapp.streams.admission import Admission
+from webapp.streams.events import MESSAGE, THINKING
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
-from webapp.streams.log import Answer, TokenLog, Verdict
-from webapp.streams.ports import Assignment, NewMessage, Outcome, RequestKey, TaskQueue
-from webapp.streams.queries import SessionQueries, done_data, session_view, terminated_by
+from webapp.streams.log import Answer, Append, TokenLog, Verdict
+from webapp.streams.ports import Assignment, NewMessage, Outcome, RequestKey, Rerun, TaskQueue
+from webapp.streams.queries import SessionQueries, done_data, session_view
+from webapp.streams.timing import Timeouts, look_again_at
 from webapp.views import ReceiptView, SessionView
 
 log = structlog.get_logger(__name__)
 
-REQUEUE_FIRST: Final = timedelta(seconds=15)
-"""After which a session that nobody has claimed is queued again; then after twice as long, and so on."""
 WITHOUT_REDIS_WAIT_SECONDS: Final = 10.0
 """That a terminate call waits for the worker's commit while Redis cannot be reached."""
 
@@ -65,6 +59,7 @@ class StreamSessionManager:
         self._queue = queue
         self._settings = settings
         self._queries = queries
+        self._admission = Admission(settings)
         self.wait_done: Callable[[UUID, float], bool] = token_log.wait_done
         """Blocks until a session's `done` is in the log; a web process sets its hub's, which costs no connection."""
 
@@ -78,17 +73,56 @@ class StreamSessionManager:
             ConversationBusy: the conversation has an ACTIVE session.
             TooManyStreams: the user is at the cap.
         """
+        return self._accept(lambda s: self._admission.of_message(s, new), new.request_key, new.conversation_id)
+
+    def continue_(self, rerun: Rerun) -> SessionView:
+        """Go on with the message of a session that has ended; the new stream opens with its partial.
+
+        Raises:
+            Conflict: there is nothing to go on with. Otherwise as `start`.
+        """
+        return self._accept(lambda s: self._admission.of_continuation(s, rerun), rerun.request_key)
+
+    def retry(self, rerun: Rerun) -> SessionView:
+        """Give another answer to the question of a session that has ended; the old one stays, marked as replaced.
+
+        Raises:
+            Conflict: it was replaced before, or more was said since. Otherwise as `start`.
+        """
+        return self._accept(lambda s: self._admission.of_retry(s, rerun), rerun.request_key)
+
+    def _accept(
+        self, admit: Callable[[Session], StreamSession], key: RequestKey | None, conversation_id: UUID | None = None
+    ) -> SessionView:
         self._require_redis()
         try:
-            row = self._database.write(lambda s: self._insert(s, new))
-        except (IntegrityError, TooManyStreams, Unavailable) as error:
-            if new.request_key and (same := self.repeated(new.request_key)):
+            row = self._database.write(admit)
+        except (IntegrityError, TooManyStreams, Unavailable, Conflict) as error:
+            if key and (same := self.repeated(key)):
                 return same  # its twin was quicker, and may have taken the last place
-            raise self._why_refused(new, error) from error
+            raise self._why_refused(conversation_id, error) from error
         # From here on the message is accepted: what fails now is made good by the reaper.
-        self._try("open", lambda: self._log.open(row.id, 0), row.id)
+        bind(session_id=row.id, conversation_id=row.conversation_id)
+        self._try("count", metrics.stream_started, row.id)
+        self._try("open", lambda: self._open(row), row.id)
         self._enqueue(row.id)
         return session_view(row)
+
+    def _open(self, row: StreamSession) -> None:
+        """Make the log; one that goes on with a message opens with what that message has."""
+        self._log.open(row.id, row.epoch, live_seconds=self._live_seconds(row))
+        thinking, content = (
+            row.checkpoint[: row.checkpoint_thinking_length],
+            row.checkpoint[row.checkpoint_thinking_length :],
+        )
+        pieces = [(THINKING, 0, thinking), (MESSAGE, len(thinking), content)]
+        self._log.apply([Append(row.id, row.epoch, start, kind, text) for kind, start, text in pieces if text])
+
+    def _timeouts(self, row: StreamSession) -> Timeouts:
+        return Timeouts.of_session(row, self._settings)
+
+    def _live_seconds(self, row: StreamSession) -> int:
+        return int(self._timeouts(row).longest_life_seconds) + self._settings.log_slack_seconds
 
     def repeated(self, request: RequestKey) -> SessionView | None:
         """The session that an earlier request with the same key began, if there was one.
@@ -110,65 +144,11 @@ class StreamSessionManager:
         except RedisError as error:
             raise Unavailable("Redis cannot be reached, so nothing was accepted; try again") from error
 
-    def _insert(self, s: Session, new: NewMessage) -> StreamSession:
-        settings = self._settings
-        cap = settings.max_active_streams_per_user
-        if cap:
-            rows.lock_user(s, new.user_id)
-        if cap and rows.active_count(s, new.user_id) >= cap:
-            raise TooManyStreams(
-                f"You have {cap} active streams, the most allowed; stop one first", retry_after_seconds=5
-            )
-        if settings.max_queued_streams and rows.queue_length(s) >= settings.max_queued_streams:
-            raise Unavailable("The queue is full; try again", retry_after_seconds=10)
-        moment = now()
-        if new.conversation_id and not rows.keep_visible(s, new.conversation_id):
-            raise NotFound(f"There is no conversation {new.conversation_id} that you can see")
-        conversation_id = new.conversation_id or self._insert_conversation(s, new)
-        question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
-        answer = Message(
-            id=new_id(),
-            conversation_id=conversation_id,
-            role=MessageRole.ASSISTANT,
-            model=new.model,
-            status=StreamStatus.ACTIVE,
-        )
-        row = StreamSession(
-            id=new_id(),
-            conversation_id=conversation_id,
-            message_id=answer.id,
-            user_id=new.user_id,
-            model=new.model,
-            options=new.options,
-            think=new.think,
-            keep_alive=new.keep_alive,
-            on_disconnect=new.on_disconnect,
-            started_at=moment,
-            requeue_at=self._look_again_at(moment, since=moment),
-        )
-        answer.session_id = row.id
-        s.add_all([question, answer])
-        s.flush()
-        s.add(row)
-        if new.request_key:
-            rows.remember_request(s, new.request_key, row.id, moment)
-        s.flush()
-        return row
-
-    @staticmethod
-    def _insert_conversation(s: Session, new: NewMessage) -> UUID:
-        title = " ".join(new.content.split())[:60]
-        conversation = Conversation(id=new_id(), title=title)
-        s.add(conversation)
-        s.flush()
-        s.add(Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
-        return conversation.id
-
-    def _why_refused(self, new: NewMessage, error: Exception) -> Exception:
+    def _why_refused(self, conversation_id: UUID | None, error: Exception) -> Exception:
         """The partial unique index allows one ACTIVE session a conversation; any other conflict is a defect."""
         if not isinstance(error, IntegrityError):
             return error
-        active = self._queries.active_in(new.conversation_id) if new.conversation_id else []
+        active = self._queries.active_in(conversation_id) if conversation_id else []
         if not active and "conversation" not in str(error.orig):
             return error
         return ConversationBusy(
@@ -184,7 +164,7 @@ class StreamSessionManager:
         try:
             action()
         except Exception as error:
-            log.warning("stream.step_failed", step=step, session_id=str(session_id), error=repr(error))
+            log.warning("stream.step_failed", step=step, session_id=str(session_id), error=brief(error))
 
     # -- claim ---------------------------------------------------------------------------------
 
@@ -195,8 +175,11 @@ class StreamSessionManager:
         """
 
         def work(s: Session) -> Assignment | None:
-            row = rows.get(s, session_id)
-            if row is None or row.owner or not rows.claim(s, session_id, row.epoch, owner, now()):
+            row, moment = rows.get(s, session_id), now()
+            if row is None or row.owner:
+                return None
+            due = self._timeouts(row).due_without_token(moment, row.claimed_at or moment)
+            if not rows.claim(s, session_id, row.epoch, owner, moment, due):
                 return None
             s.refresh(row)
             return self._assignment(s, row)
@@ -205,7 +188,10 @@ class StreamSessionManager:
         if row is not None and row.status == StreamStatus.ACTIVE and row.stop_reason and not row.owner:
             self.settle(session_id, TerminationReason(str(row.stop_reason)))
             return None
-        return self._database.write(work)
+        assignment = self._database.write(work)
+        if assignment is not None and assignment.attempt == 1 and row is not None:
+            metrics.stream_claimed((assignment.claimed_at - row.started_at).total_seconds())
+        return assignment
 
     def _assignment(self, s: Session, row: StreamSession) -> Assignment:
         return Assignment(
@@ -222,29 +208,31 @@ class StreamSessionManager:
             checkpoint=row.checkpoint,
             checkpoint_thinking_length=row.checkpoint_thinking_length,
             claimed_at=row.claimed_at or now(),
+            timeouts=self._timeouts(row),
         )
 
     def beat(self, beats: Sequence[rows.Beat]) -> list[rows.BeatAnswer]:
         """Heartbeats and checkpoints of a worker's sessions, in one statement; see `rows.beat`."""
         return self._database.write(lambda s: rows.beat(s, beats, now())) if beats else []
 
-    def give_up(self, session_id: UUID, epoch: int) -> None:
-        """A worker lets go of a session that is to go on elsewhere."""
-        if self._database.write(lambda s: rows.release(s, session_id, epoch)):
+    def give_up(self, session_id: UUID, epoch: int, *, lost: bool = False) -> None:
+        """Let go of a session that is to go on elsewhere: it waits anew, or where its worker was `lost`, no longer
+        than that worker would have."""
+        row = self._queries.row(session_id)
+        due = None if lost else self._timeouts(row).due_in_queue(now(), row.claimed_at)
+        if self._database.write(lambda s: rows.release(s, session_id, epoch, due)):
             self.requeue(session_id)
 
     def requeue(self, session_id: UUID) -> None:
         """Put a session in the queue once more; a second claim of it finds nothing to do."""
-        row, moment = self._queries.row(session_id), now()
-        look_again_at = self._look_again_at(moment, since=row.heartbeat_at or row.started_at)
-        self._database.write(lambda s: rows.look_again(s, session_id, look_again_at))
+        row = self._queries.row(session_id)
+        again_at = look_again_at(now(), row.heartbeat_at or row.started_at, row.due_at)
+        self._database.write(lambda s: rows.look_again(s, session_id, again_at))
         self._enqueue(session_id)
 
-    def _look_again_at(self, moment: datetime, since: datetime) -> datetime:
-        """When the reaper is to come to a session that nobody runs `since` then: after 15 s, then twice as long
-        each time, and at the latest when its time in the queue is up."""
-        backoff = moment + max(REQUEUE_FIRST, moment - since)
-        return min(backoff, since + timedelta(seconds=self._settings.queue_timeout_seconds))
+    def watched(self, session_ids: Sequence[UUID], until: datetime) -> None:
+        """Somebody watches these: they do not count as abandoned before `until`."""
+        self._database.write(lambda s: rows.watched(s, session_ids, until))
 
     # -- the ending ----------------------------------------------------------------------------
 
@@ -285,7 +273,7 @@ class StreamSessionManager:
         answer = self._log.fence(row.id, reason)
         if answer.verdict is Verdict.ABSENT:
             self._require_no_owner(row)
-            self._log.open(row.id, row.epoch)
+            self._log.open(row.id, row.epoch, live_seconds=self._live_seconds(row))
             answer = self._log.fence(row.id, reason)
         if not answer.fenced:
             return None
@@ -307,9 +295,11 @@ class StreamSessionManager:
 
     def _commit(self, row: StreamSession, ending: rows.Ending) -> bool:
         """COMMIT, then FINISH. The loser of a race adopts the winner's outcome by reading the row later."""
-        won = self._database.write(lambda s: rows.commit(s, row, ending))
+        ids = {"session_id": row.id, "conversation_id": row.conversation_id}
+        with tracing.span("commit", **ids, reason=ending.reason.value, length=len(ending.content)):
+            won = self._database.write(lambda s: rows.commit(s, row, ending))
         if won:
-            self._log_ending(row.id)
+            self._try("report", lambda: endings.report(self._queries.row(row.id), ending.stats), row.id)
         # Also where it was committed before: the answer to that commit may have been lost.
         if won or self._is_unpublished(row.id):
             self._try("publish", lambda: self.publish(row.id), row.id)
@@ -333,26 +323,6 @@ class StreamSessionManager:
             log.error("stream.log_beyond_commit", session_id=str(session_id), log_end=answer.end, committed=row.length)
         self._database.write(lambda s: rows.published(s, session_id, now()))
 
-    def _log_ending(self, session_id: UUID) -> None:
-        row = self._queries.row(session_id)
-        event = "stream.terminated" if row.status != StreamStatus.COMPLETED else "stream.completed"
-        log.info(
-            event,
-            session_id=str(row.id),
-            conversation_id=str(row.conversation_id),
-            user_id=str(row.user_id),
-            reason=row.reason,
-            terminated_by=terminated_by(row),
-            phase=row.phase,
-            length=row.length,
-            thinking_length=row.thinking_length,
-            attempt=row.attempt,
-            detail=row.detail,
-            request_to_fence_ms=_milliseconds(row.stop_requested_at, row.fenced_at),
-            fence_to_upstream_closed_ms=_milliseconds(row.fenced_at, row.upstream_closed_at),
-            request_to_commit_ms=_milliseconds(row.stop_requested_at, row.ended_at),
-        )
-
     # -- terminate -----------------------------------------------------------------------------
 
     def terminate(self, session_id: UUID, reason: TerminationReason, by: str | None = None) -> ReceiptView:
@@ -365,9 +335,10 @@ class StreamSessionManager:
             NotFound: there is no such session.
             Unavailable: the stop is recorded, but what ends it cannot be reached now.
         """
-        row = self._record(session_id, reason, by)
-        if row.status == StreamStatus.ACTIVE:
-            self._stop(row)
+        with tracing.span("stop", session_id=session_id, reason=reason.value):
+            row = self._record(session_id, reason, by)
+            if row.status == StreamStatus.ACTIVE:
+                self._stop(row)
         return self._queries.receipt(session_id)
 
     def _record(self, session_id: UUID, reason: TerminationReason, by: str | None) -> StreamSession:
@@ -408,7 +379,8 @@ class StreamSessionManager:
 
     def _try_fence(self, session_id: UUID, reason: TerminationReason) -> Answer | None:
         try:
-            return self._log.fence(session_id, reason)
+            with tracing.span("fence", session_id=session_id, reason=reason.value):
+                return self._log.fence(session_id, reason)
         except RedisError as error:
             log.warning("stream.fence_failed", session_id=str(session_id), error=repr(error))
             return None
@@ -446,7 +418,3 @@ def _ending(outcome: Outcome) -> rows.Ending:
         detail=outcome.detail,
         stats=outcome.stats,
     )
-
-
-def _milliseconds(start: datetime | None, end: datetime | None) -> float | None:
-    return round((end - start).total_seconds() * 1000, 3) if start and end else None

@@ -10,6 +10,7 @@ from uuid import UUID
 from webapp.models import OnDisconnect
 from webapp.streams.lifecycle import StreamPhase, TerminationReason
 from webapp.streams.log import Answer
+from webapp.streams.timing import Timeouts
 
 
 class TaskQueue(Protocol):
@@ -35,8 +36,17 @@ class RequestKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Rerun:
+    """An answer that has ended and is to be gone on with, or given anew, for `user_id`."""
+
+    session_id: UUID
+    user_id: UUID
+    request_key: RequestKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NewMessage:
-    """A message to be answered. Without a conversation, one is made."""
+    """A message to be answered. Without a conversation, one is made; without time-outs, they are the settings'."""
 
     user_id: UUID
     content: str
@@ -46,6 +56,7 @@ class NewMessage:
     think: bool | str | None = None
     keep_alive: str | None = None
     on_disconnect: OnDisconnect = OnDisconnect.CONTINUE
+    timeouts: Timeouts | None = None
     request_key: RequestKey | None = None
 
 
@@ -69,6 +80,7 @@ class Assignment:
     checkpoint: str
     checkpoint_thinking_length: int
     claimed_at: datetime
+    timeouts: Timeouts
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from uuid import UUID
 import orjson
 import structlog
 from redis.exceptions import RedisError
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from webapp.database import Database
@@ -79,13 +79,19 @@ class SessionQueries:
         limit: int = 100,
     ) -> list[SessionView]:
         """Sessions, newest first: of the conversations that `user_id` is a member of; begun by `user_name`."""
-        query = select(StreamSession).order_by(StreamSession.id.desc()).limit(limit)
+        query = select(StreamSession).limit(limit)
         if active_only:
+            # By a column without an index of its own, so that no database looks for the few among all.
             query = query.where(StreamSession.status == StreamStatus.ACTIVE)
+            query = query.order_by(StreamSession.started_at.desc(), StreamSession.id.desc())
+        else:
+            query = query.order_by(StreamSession.id.desc())
         if user_id is not None:
-            mine = select(Member.conversation_id).join(Conversation, Conversation.id == Member.conversation_id)
-            mine = mine.where(Member.user_id == user_id, Conversation.deleted_at.is_(None))
-            query = query.where(StreamSession.conversation_id.in_(mine))
+            mine = select(Member.conversation_id).where(Member.user_id == user_id)
+            gone = select(Conversation.id).where(
+                Conversation.id == StreamSession.conversation_id, Conversation.deleted_at.is_not(None)
+            )
+            query = query.where(StreamSession.conversation_id.in_(mine), ~gone.exists())
         if user_name is not None:
             query = query.where(
                 StreamSession.user_id == select(User.id).where(User.name == user_name).scalar_subquery()
@@ -97,6 +103,14 @@ class SessionQueries:
     def queue_position(self, session_id: UUID) -> int:
         """How many sessions wait before this one; 0: it is the next."""
         return self._database.read(lambda s: rows.queue_length(s, session_id))
+
+    def population(self) -> tuple[int, int]:
+        """How many sessions are ACTIVE, and how many of those no worker has."""
+        counted = select(func.count(), func.count().filter(StreamSession.owner.is_(None)))
+        active, queued = self._database.read(
+            lambda s: s.execute(counted.where(StreamSession.status == StreamStatus.ACTIVE)).one()
+        )
+        return active, queued
 
     def ended_among(self, session_ids: Sequence[UUID]) -> list[UUID]:
         """Which of these have ended, in one query."""
@@ -153,6 +167,7 @@ def session_view(row: StreamSession, state: LogState | None = None, viewers: int
         ended_at=row.ended_at,
         terminated_by=terminated_by(row),
         viewers=viewers,
+        on_disconnect=row.on_disconnect,
     )
 
 

@@ -1,4 +1,4 @@
-"""The reaper's work: what a crash left behind is found and brought to its end. Idempotent.
+"""The reaper's work: what is over, and what a crash left behind, is found and brought to its end. Idempotent.
 
 It looks only at what is due, by the partial indexes on `stream_sessions`, so its cost follows what has
 gone wrong and not what exists.
@@ -6,33 +6,42 @@ gone wrong and not what exists.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
+import redis
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import LockError, RedisError
 
+from webapp import metrics
 from webapp.config import Settings
 from webapp.database import Database
+from webapp.errors import Unavailable
+from webapp.logs import brief
 from webapp.models import StreamSession, now
 from webapp.streams import rows
+from webapp.streams.keys import REAPER_KEY
 from webapp.streams.lifecycle import TerminationReason
 from webapp.streams.log import TokenLog
 from webapp.streams.manager import StreamSessionManager
 from webapp.streams.queries import SessionQueries
+from webapp.streams.retention import Retention
 
 log = structlog.get_logger(__name__)
 
 REAP_BATCH: Final = 200
 """Sessions of one kind that one pass takes."""
+LOCK_SECONDS: Final = 10
 PUBLISH_GRACE_SECONDS: Final = 5
 """That whoever committed an ending has for putting `done` in the log."""
 
 
 class Reaper:
-    """Finds lost workers, sessions that nobody claims, and endings without `done`."""
+    """Finds lost workers, sessions that are over, abandoned or not claimed, endings without `done`, and what is old."""
 
     def __init__(
         self,
@@ -47,25 +56,31 @@ class Reaper:
         self._manager = manager
         self._queries = queries
         self._settings = settings
+        self._retention = Retention(database, settings)
 
-    def reap(self) -> dict[str, int]:
-        """Look after what is due: lost workers, unclaimed sessions, endings without `done`. Idempotent.
+    def reap(self) -> Counter[str]:
+        """Look after what is due. Idempotent, so that two passes at once do no harm.
 
-        Returns how many of each were dealt with.
+        Returns how many of each kind were dealt with.
         """
         moment = now()
         lease = timedelta(seconds=self._settings.lease_seconds)
-        silent = {row.id: row for row in self._database.read(lambda s: rows.lost(s, moment - lease, REAP_BATCH))}
+        read = self._database.read
+        silent = {row.id: row for row in read(lambda s: rows.lost(s, moment - lease, REAP_BATCH))}
         lost = [row.id for row in silent.values() if self._is_lost(row)]
-        unclaimed = self._database.read(lambda s: rows.unclaimed(s, moment, REAP_BATCH))
-        unpublished = self._database.read(
-            lambda s: rows.unpublished(s, moment - timedelta(seconds=PUBLISH_GRACE_SECONDS), REAP_BATCH)
+        done = {"lost": self._each("recover", lost, lambda session_id: self._recover(silent[session_id]))}
+        # A live worker ends its own; one that has not in a lease's time is told to.
+        due = {row.id: row for row in read(lambda s: rows.due(s, moment, REAP_BATCH)) if _is_due(row, moment - lease)}
+        done["due"] = self._each("expire", list(due), lambda session_id: self._expire(due[session_id]))
+        abandoned = read(lambda s: rows.abandoned(s, moment, REAP_BATCH))
+        done["abandoned"] = self._each("abandon", abandoned, self._abandon)
+        done["unclaimed"] = self._each(
+            "requeue", read(lambda s: rows.unclaimed(s, moment, REAP_BATCH)), self._reconsider
         )
-        return {
-            "lost": self._each("recover", lost, lambda session_id: self._recover(silent[session_id])),
-            "unclaimed": self._each("requeue", unclaimed, self._reconsider),
-            "unpublished": self._each("publish", unpublished, self._manager.publish),
-        }
+        grace = timedelta(seconds=PUBLISH_GRACE_SECONDS)
+        unpublished = read(lambda s: rows.unpublished(s, moment - grace, REAP_BATCH))
+        done["unpublished"] = self._each("publish", unpublished, self._manager.publish)
+        return +Counter(done | self._retention.sweep())
 
     def _each(self, step: str, session_ids: Sequence[UUID], action: Callable[[UUID], object]) -> int:
         """Deal with each; one session's trouble is its own. Returns with how many it went well."""
@@ -75,7 +90,7 @@ class Reaper:
                 action(session_id)
                 done += 1
             except Exception as error:
-                log.warning("reaper.step_failed", step=step, session_id=str(session_id), error=repr(error))
+                log.warning("reaper.step_failed", step=step, session_id=str(session_id), error=brief(error))
         return done
 
     def _is_lost(self, row: StreamSession) -> bool:
@@ -100,19 +115,58 @@ class Reaper:
             self._manager.settle(session_id, TerminationReason(row.stop_reason))
         elif state is not None and state.fence is not None:
             self._manager.settle(session_id, state.fence)
+        elif row.due_at is not None and row.due_at <= now():
+            self._manager.settle(session_id, TerminationReason(str(row.due_reason)))
         elif self._settings.on_worker_lost == "keep" or row.attempt >= self._settings.max_attempts:
             detail = "The worker that wrote this answer was lost"
             self._manager.settle(session_id, TerminationReason.WORKER_LOST, detail=detail)
         else:
-            self._manager.give_up(session_id, row.epoch)
+            self._manager.give_up(session_id, row.epoch, lost=True)
+
+    def _expire(self, found: StreamSession) -> None:
+        row = self._queries.row(found.id)
+        if (row.epoch, row.due_at) == (found.epoch, found.due_at):
+            self._manager.terminate(row.id, TerminationReason(str(row.due_reason)))
+
+    def _abandon(self, session_id: UUID) -> None:
+        """Nobody is known to have watched it for its grace; whoever is there now has only not been written down."""
+        if self._queries.view(session_id).viewers:
+            grace = timedelta(seconds=self._settings.abandon_grace_seconds)
+            self._manager.watched([session_id], now() + grace)
+            return
+        row = self._queries.row(session_id)
+        if row.abandon_at is not None and row.abandon_at <= now():
+            self._manager.terminate(session_id, TerminationReason.ABANDONED)
 
     def _reconsider(self, session_id: UUID) -> None:
-        """Nobody has claimed it: stop it if that was asked, or its time is up; else queue it again."""
+        """Nobody has claimed it: stop it if that was asked, else queue it again."""
         row = self._queries.row(session_id)
-        waited_seconds = (now() - (row.heartbeat_at or row.started_at)).total_seconds()
         if row.stop_reason is not None:
             self._manager.settle(session_id, TerminationReason(row.stop_reason))
-        elif waited_seconds >= self._settings.queue_timeout_seconds:
-            self._manager.settle(session_id, TerminationReason.QUEUE_TIMEOUT)
         else:
             self._manager.requeue(session_id)
+
+
+def reap_alone(reaper: Reaper, client: redis.Redis) -> None:
+    """One pass, unless one runs already: for beat, and for the start of a process."""
+    # Only against work done twice: two passes at once would do no harm, so the lock may lapse.
+    lock = client.lock(REAPER_KEY, timeout=LOCK_SECONDS, blocking=False)
+    try:
+        with lock:
+            began_at = time.monotonic()
+            done = reaper.reap()
+            metrics.reaped(done, time.monotonic() - began_at)
+    except LockError:
+        return
+    except (RedisError, Unavailable) as error:
+        log.warning("reaper.skipped", error=str(error))
+        return
+    if done:
+        log.info("reaper.pass", **done)
+
+
+def _is_due(row: StreamSession, long_since: datetime) -> bool:
+    """Whether it is for the reaper to end: nobody runs it, or a worker that lives has let the time pass."""
+    if row.owner is None or row.due_at is None:
+        return True
+    return row.due_at <= long_since and row.heartbeat_at is not None and row.heartbeat_at > long_since

@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 from webapp.models import Conversation, IdempotencyKey, Message, MessageRole, StreamSession, User, UTCDateTime
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason, sources_of
 from webapp.streams.ports import RequestKey
+from webapp.streams.timing import Due
 
 REQUEST_KEY_KEPT: Final = timedelta(hours=24)
 ACTIVE = StreamStatus.ACTIVE.value
@@ -61,13 +62,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A heartbeat of one session, with the text since its last checkpoint: the code points from `start` on."""
+    """A heartbeat of one session, with the text since its last checkpoint: the code points from `start` on; and
+    when the worker is going to end it by itself, which another does where that worker is lost."""
 
     session_id: UUID
     epoch: int
     start: int
     delta: str
     thinking_length: int
+    due: Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def _changes(s: Session, move: Update) -> bool:
     return cast(CursorResult[Any], s.execute(move)).rowcount == 1
 
 
-def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime) -> bool:
+def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime, due: Due) -> bool:
     """CLAIM: from ACTIVE and unowned at `epoch` to owned at the next."""
     return _changes(
         s,
@@ -129,14 +132,19 @@ def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime) ->
             phase=StreamPhase.LOADING.value,
             claimed_at=func.coalesce(StreamSession.claimed_at, at),
             heartbeat_at=at,
+            due_at=due.at,
+            due_reason=due.reason.value,
         ),
     )
 
 
-def release(s: Session, session_id: UUID, epoch: int) -> bool:
-    """From owned at `epoch` to nobody's, so that another may claim it at the next."""
+def release(s: Session, session_id: UUID, epoch: int, due: Due | None = None) -> bool:
+    """From owned at `epoch` to nobody's, so that another may claim it at the next; `due` None: as it was."""
     owned = is_active(session_id, epoch) & StreamSession.owner.is_not(None)
-    return _changes(s, update(StreamSession).where(owned).values(owner=None, requeue_at=None))
+    values: dict[str, Any] = {"owner": None, "requeue_at": None}
+    if due is not None:
+        values |= {"due_at": due.at, "due_reason": due.reason.value}
+    return _changes(s, update(StreamSession).where(owned).values(values))
 
 
 def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str | None, at: datetime) -> None:
@@ -206,14 +214,25 @@ def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
     A delta is taken only where the checkpoint ends at its start, so a repeated one adds nothing.
     Sessions that have ended, or are at another epoch, do not answer.
     """
-    names = [(f"i{n}", f"e{n}", f"s{n}", f"d{n}", f"t{n}") for n in range(len(beats))]
-    rows = ", ".join("(:{}, :{}, :{}, :{}, :{})".format(*row) for row in names)
     values: dict[str, Any] = {"at": at}
     binds: list[BindParameter[Any]] = [bindparam("at", type_=UTCDateTime)]
-    for (i, e, start, delta, thinking), one in zip(names, beats, strict=True):
-        values |= {i: one.session_id, e: one.epoch, start: one.start, delta: one.delta, thinking: one.thinking_length}
-        binds.append(bindparam(i, type_=Uuid()))
-    statement = text(_BEAT.format(rows=rows, cast=_CASTS.get(s.get_bind().dialect.name, ""))).bindparams(*binds)
+    rows = []
+    for n, one in enumerate(beats):
+        row = {
+            f"i{n}": one.session_id,
+            f"e{n}": one.epoch,
+            f"s{n}": one.start,
+            f"d{n}": one.delta,
+            f"t{n}": one.thinking_length,
+            f"u{n}": one.due.at,
+            f"r{n}": one.due.reason.value,
+        }
+        values |= row
+        rows.append("(" + ", ".join(f":{name}" for name in row) + ")")
+        binds += [bindparam(f"i{n}", type_=Uuid()), bindparam(f"u{n}", type_=UTCDateTime)]
+    statement = text(_BEAT.format(rows=", ".join(rows), cast=_CASTS.get(s.get_bind().dialect.name, ""))).bindparams(
+        *binds
+    )
     return [
         BeatAnswer(one.session_id, by_id[1], TerminationReason(by_id[2]) if by_id[2] else None)
         for one, by_id in _matched(beats, s.execute(statement, values).all())
@@ -221,14 +240,17 @@ def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
 
 
 _CASTS = {
-    "postgresql": "(CAST(NULL AS uuid), CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS text), CAST(NULL AS int)), "
+    "postgresql": "(CAST(NULL AS uuid), CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS text), CAST(NULL AS int), "
+    "CAST(NULL AS timestamptz), CAST(NULL AS text)), "
 }
 # `WITH … (VALUES …)` is understood by both databases. PostgreSQL takes a VALUES column's type from its
 # first row; a row of NULLs that matches nothing tells it.
 _BEAT = """
-WITH beat (id, epoch, start, delta, thinking) AS (VALUES {cast}{rows})
+WITH beat (id, epoch, start, delta, thinking, due_at, due_reason) AS (VALUES {cast}{rows})
 UPDATE stream_sessions SET
   heartbeat_at = :at,
+  due_at = beat.due_at,
+  due_reason = beat.due_reason,
   checkpoint = CASE WHEN checkpoint_length = beat.start THEN checkpoint || beat.delta ELSE checkpoint END,
   checkpoint_thinking_length =
     CASE WHEN checkpoint_length = beat.start THEN beat.thinking ELSE checkpoint_thinking_length END,
@@ -257,6 +279,27 @@ def unclaimed(s: Session, at: datetime, limit: int) -> list[UUID]:
     where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None) & due
     return list(
         s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.requeue_at.nulls_first()).limit(limit))
+    )
+
+
+def due(s: Session, at: datetime, limit: int) -> list[StreamSession]:
+    """Sessions that were to be over by themselves by `at`."""
+    where = (StreamSession.status == ACTIVE) & (StreamSession.due_at <= at)
+    return list(s.scalars(select(StreamSession).where(where).order_by(StreamSession.due_at).limit(limit)))
+
+
+def abandoned(s: Session, at: datetime, limit: int) -> list[UUID]:
+    """Sessions that nobody has watched for their grace."""
+    where = (StreamSession.status == ACTIVE) & (StreamSession.abandon_at <= at)
+    return list(s.scalars(select(StreamSession.id).where(where).order_by(StreamSession.abandon_at).limit(limit)))
+
+
+def watched(s: Session, session_ids: Sequence[UUID], until: datetime) -> None:
+    """Put off the moment at which these count as abandoned; never to an earlier one."""
+    s.execute(
+        update(StreamSession)
+        .where(StreamSession.id.in_(session_ids), StreamSession.status == ACTIVE, StreamSession.abandon_at < until)
+        .values(abandon_at=until)
     )
 
 
@@ -291,9 +334,9 @@ def active_count(s: Session, user_id: UUID) -> int:
 def queue_length(s: Session, before_id: UUID | None = None) -> int:
     """How many sessions no worker has claimed; those before one of them, where it is named."""
     where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None)
-    if before_id is not None:
-        where &= StreamSession.id < before_id
-    return s.scalar(select(func.count()).select_from(StreamSession).where(where)) or 0
+    # Not in `where`: SQLite would go through all ids below it, instead of through the queue's own index.
+    counted = func.count() if before_id is None else func.count().filter(StreamSession.id < before_id)
+    return s.scalar(select(counted).select_from(StreamSession).where(where)) or 0
 
 
 def history(s: Session, row: StreamSession, limit_characters: int) -> list[dict[str, str]]:

@@ -6,13 +6,37 @@ import math
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from flask import request
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, StrictBool
 from pydantic.alias_generators import to_camel
+from pydantic_core import CoreSchema
+from werkzeug.exceptions import BadRequest
 
-from webapp.models import OnDisconnect
+from webapp.calls import SendRequest
+from webapp.errors import NotJSON, UnsupportedMediaType
+from webapp.models import OnDisconnect, Role
 
 DEPTH_LIMIT: Final = 32
 """Of the upstream's options, which are two deep."""
+
+
+def require_json() -> None:
+    """A body is JSON and says so: that a browser cannot send across sites without asking.
+
+    Raises:
+        UnsupportedMediaType: it says that it is something else.
+        NotJSON: it is no JSON object.
+    """
+    if request.method not in ("POST", "PUT", "PATCH") or not request.get_data():
+        return
+    if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+        raise UnsupportedMediaType("Send the body with Content-Type: application/json")
+    try:
+        body = request.get_json(force=True)
+    except (BadRequest, RecursionError):  # the latter of what is nested too deeply
+        raise NotJSON("The body is not JSON: send a JSON object") from None
+    if not isinstance(body, dict):
+        raise NotJSON("The body must be a JSON object")
 
 
 def _storable(value: Any) -> Any:
@@ -43,7 +67,18 @@ def _not_blank(value: str) -> str:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_storable), AfterValidator(_not_blank)]
+class _Said:
+    """What the two validators of `Text` ask for, in the words of JSON Schema."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"minLength": 1, "pattern": r"^[^\x00]*[^\s\x00][^\x00]*$"}
+
+
+Text = Annotated[str, BeforeValidator(_storable), AfterValidator(_not_blank), _Said]
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Body(BaseModel):
@@ -60,6 +95,19 @@ class ConversationChange(Body):
     title: Annotated[Text, Field(max_length=200)]
 
 
+class MemberBody(Body):
+    role: Role
+
+
+class TimeoutsBody(Body):
+    """Time-outs of one stream, in place of the settings'."""
+
+    queue_seconds: Seconds | None = None
+    first_token_seconds: Seconds | None = None
+    idle_seconds: Seconds | None = None
+    max_duration_seconds: Seconds | None = None
+
+
 class NewMessageBody(Body):
     content: Text
     conversation_id: UUID | None = Field(None, description="none: a new conversation is made")
@@ -71,10 +119,19 @@ class NewMessageBody(Body):
         None, description="whether the model is to think aloud"
     )
     keep_alive: Annotated[Text, Field(max_length=20)] | None = Field(None, description="passed on to the upstream")
-    on_disconnect: OnDisconnect = Field(OnDisconnect.CONTINUE, description="what becomes of it when nobody watches")
+    on_disconnect: OnDisconnect | None = Field(
+        None, description="what becomes of it when nobody watches; none: as the server is set"
+    )
     on_active: Literal["reject", "terminate"] = Field(
         "reject", description="where the conversation has an active stream"
     )
+    timeouts: TimeoutsBody | None = Field(None, description="none: those of the settings")
+
+    def request(self) -> SendRequest:
+        """What is asked for, as every face asks it."""
+        asked = self.timeouts.model_dump(exclude_none=True) if self.timeouts else None
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return SendRequest(**values | {"timeouts": asked})
 
 
 class TerminateBody(Body):

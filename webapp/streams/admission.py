@@ -1,0 +1,184 @@
+"""Admission: what has to hold before a session begins, and the rows with which it does.
+
+Every function takes the session of a transaction that the caller holds: it is admitted whole, or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import timedelta
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from webapp.config import Settings
+from webapp.errors import Conflict, ConversationBusy, NotFound, TooManyStreams, Unavailable
+from webapp.models import Conversation, Member, Message, MessageRole, OnDisconnect, Role, StreamSession, new_id, now
+from webapp.streams import rows
+from webapp.streams.lifecycle import StreamStatus, TerminationReason
+from webapp.streams.ports import NewMessage, RequestKey, Rerun
+from webapp.streams.timing import Timeouts, look_again_at
+
+
+class Admission:
+    """Lets sessions begin: a new message's, one that goes on with an answer, one that gives another."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def of_message(self, s: Session, new: NewMessage) -> StreamSession:
+        """Write the question, the empty answer and an ACTIVE session.
+
+        Raises:
+            TooManyStreams: the user is at the cap.
+            Unavailable: the queue is full.
+            NotFound: the conversation is deleted.
+            IntegrityError: the conversation has an ACTIVE session, or the request was made before.
+        """
+        self._require_room(s, new.user_id)
+        if new.conversation_id:
+            _require_visible(s, new.conversation_id)
+        conversation_id = new.conversation_id or _insert_conversation(s, new)
+        question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
+        answer = _answer(conversation_id, new.model)
+        s.add_all([question, answer])
+        return self._begin(
+            s,
+            StreamSession(
+                conversation_id=conversation_id,
+                message_id=answer.id,
+                user_id=new.user_id,
+                model=new.model,
+                options=new.options,
+                think=new.think,
+                keep_alive=new.keep_alive,
+                on_disconnect=new.on_disconnect,
+            ),
+            answer,
+            new.timeouts or Timeouts.of(self._settings),
+            new.request_key,
+        )
+
+    def of_continuation(self, s: Session, rerun: Rerun) -> StreamSession:
+        """Write an ACTIVE session that goes on with the message of one that has ended, from all of its text.
+
+        Raises:
+            ConversationBusy: that session has not ended.
+            Conflict: there is nothing to go on with: the answer is complete, was replaced, or was gone on with.
+            TooManyStreams, Unavailable, NotFound, IntegrityError: as `of_message`.
+        """
+        old, message = self._ended(s, rerun)
+        if old.reason == TerminationReason.STOP:
+            raise Conflict("This answer is complete; retry it for another")
+        if message.session_id != old.id:
+            raise Conflict(
+                "This answer was gone on with already; continue its latest stream", sessionId=str(message.session_id)
+            )
+        row = self._repetition(old, message, rerun.user_id)
+        row.checkpoint = message.thinking + message.content
+        row.checkpoint_length = len(row.checkpoint)
+        row.checkpoint_thinking_length = len(message.thinking)
+        message.status, message.reason = StreamStatus.ACTIVE.value, None
+        return self._begin(s, row, message, Timeouts.of_session(old, self._settings), rerun.request_key)
+
+    def of_retry(self, s: Session, rerun: Rerun) -> StreamSession:
+        """Write an ACTIVE session for another answer to the same question; the old one names it as its replacement.
+
+        Raises:
+            ConversationBusy: the session has not ended.
+            Conflict: it was replaced before, or more was said since.
+            TooManyStreams, Unavailable, NotFound, IntegrityError: as `of_message`.
+        """
+        old, message = self._ended(s, rerun)
+        later = (Message.conversation_id == message.conversation_id) & (Message.id > message.id)
+        if s.scalar(select(Message.id).where(later).limit(1)):
+            raise Conflict("More was said since; only the latest answer can be retried")
+        answer = _answer(message.conversation_id, old.model)
+        s.add(answer)
+        s.flush()
+        message.replaced_by_id = answer.id
+        row = self._repetition(old, answer, rerun.user_id)
+        return self._begin(s, row, answer, Timeouts.of_session(old, self._settings), rerun.request_key)
+
+    def _ended(self, s: Session, rerun: Rerun) -> tuple[StreamSession, Message]:
+        """The session that is to be repeated and its message, locked."""
+        self._require_room(s, rerun.user_id)
+        old = rows.get(s, rerun.session_id)
+        if old is None:
+            raise NotFound(f"There is no stream {rerun.session_id} that you can see")
+        _require_visible(s, old.conversation_id)
+        if old.status == StreamStatus.ACTIVE:
+            raise ConversationBusy("The stream has not ended; wait for its end, or stop it", sessionId=str(old.id))
+        message = s.get_one(Message, old.message_id, populate_existing=True, with_for_update=True)
+        if message.replaced_by_id is not None:
+            raise Conflict("This answer was replaced by another; retry that one", messageId=str(message.replaced_by_id))
+        return old, message
+
+    def _repetition(self, old: StreamSession, answer: Message, user_id: UUID) -> StreamSession:
+        return StreamSession(
+            conversation_id=old.conversation_id,
+            message_id=answer.id,
+            user_id=user_id,
+            model=old.model,
+            options=old.options,
+            think=old.think,
+            keep_alive=old.keep_alive,
+            on_disconnect=old.on_disconnect,
+        )
+
+    def _begin(
+        self, s: Session, row: StreamSession, answer: Message, timeouts: Timeouts, key: RequestKey | None
+    ) -> StreamSession:
+        """The parts that every session has; flushes, so that what the database refuses is raised here."""
+        moment = now()
+        row.id = new_id()
+        row.started_at = moment
+        row.timeouts = asdict(timeouts)
+        due = timeouts.due_in_queue(moment)
+        row.due_at, row.due_reason = due.at, due.reason.value
+        row.requeue_at = look_again_at(moment, moment, row.due_at)
+        if row.on_disconnect == OnDisconnect.TERMINATE:
+            row.abandon_at = moment + timedelta(seconds=self._settings.abandon_grace_seconds)
+        answer.session_id = row.id
+        s.flush()
+        s.add(row)
+        if key:
+            rows.remember_request(s, key, row.id, moment)
+        s.flush()
+        return row
+
+    def _require_room(self, s: Session, user_id: UUID) -> None:
+        cap, queue_cap = self._settings.max_active_streams_per_user, self._settings.max_queued_streams
+        if cap:
+            rows.lock_user(s, user_id)
+            if rows.active_count(s, user_id) >= cap:
+                raise TooManyStreams(
+                    f"You have {cap} active streams, the most allowed; stop one first", retry_after_seconds=5
+                )
+        if queue_cap and rows.queue_length(s) >= queue_cap:
+            raise Unavailable("The queue is full; try again", retry_after_seconds=10)
+
+
+def _require_visible(s: Session, conversation_id: UUID) -> None:
+    if not rows.keep_visible(s, conversation_id):
+        raise NotFound(f"There is no conversation {conversation_id} that you can see")
+
+
+def _insert_conversation(s: Session, new: NewMessage) -> UUID:
+    title = " ".join(new.content.split())[:60]
+    conversation = Conversation(id=new_id(), title=title)
+    s.add(conversation)
+    s.flush()
+    s.add(Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
+    return conversation.id
+
+
+def _answer(conversation_id: UUID, model: str) -> Message:
+    return Message(
+        id=new_id(),
+        conversation_id=conversation_id,
+        role=MessageRole.ASSISTANT,
+        model=model,
+        status=StreamStatus.ACTIVE,
+    )
