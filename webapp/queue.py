@@ -115,7 +115,7 @@ class Workers:
 
     def report(self, name: str) -> None:
         """A worker is alive."""
-        pipe = self._redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline()
         pipe.zadd(WORKERS_KEY, {name: time.time()})
         pipe.zremrangebyscore(WORKERS_KEY, 0, time.time() - WORKER_TTL_SECONDS)
         pipe.expire(WORKERS_KEY, WORKER_TTL_SECONDS)

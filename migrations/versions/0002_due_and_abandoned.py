@@ -3,6 +3,8 @@
 Only columns and indexes are added, so SQLite does not copy the table.
 """
 
+from datetime import UTC, datetime, timedelta
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -24,6 +26,12 @@ _COLUMNS = (
 def upgrade() -> None:
     for name, kind in _COLUMNS:
         op.add_column("stream_sessions", sa.Column(name, kind, nullable=True))
+    # What runs over the upgrade is due as if it had begun to wait now; its worker's next heartbeat knows better.
+    sessions = sa.table(
+        "stream_sessions", sa.column("status"), sa.column("due_at", _COLUMNS[1][1]), sa.column("due_reason")
+    )
+    due_at = datetime.now(UTC) + timedelta(seconds=600)
+    op.execute(sessions.update().where(sessions.c.status == "ACTIVE").values(due_at=due_at, due_reason="queue_timeout"))
     op.create_index("ix_stream_sessions_ended_at", "stream_sessions", ["ended_at"])
     for name, column in (("due", "due_at"), ("abandoned", "abandon_at")):
         op.create_index(

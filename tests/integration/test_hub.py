@@ -251,6 +251,7 @@ class TestALiveStream:
         first = read(world, worker.session_id)
         worker.say("one ")
         have([first], "one ")
+        follows(world)
         attach = world.services.hub.attach
 
         def attach_late(*args: Any) -> tuple[Subscription, Position]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask import Flask
@@ -86,6 +89,38 @@ def test_up_is_idempotent_and_keeps_what_is_there(app: Flask, engine: Engine) ->
 
 
 _ROW = {"id": "018f0000000070008000000000000001", "at": "2026-01-01 00:00:00"}
+
+
+def test_what_runs_over_an_upgrade_is_due_and_what_has_ended_is_not(app: Flask, engine: Engine) -> None:
+    upgrade(revision="0001")
+    ids = {name: uuid4() for name in ("user", "conversation", "message", "running", "ended")}
+    moment, never = sa.DateTime(timezone=True), datetime(2026, 1, 1, tzinfo=UTC)
+    values = {name: value if engine.dialect.name == "postgresql" else value.hex for name, value in ids.items()}
+    session = (
+        "INSERT INTO stream_sessions (id, conversation_id, message_id, user_id, model, on_disconnect, status, phase, "
+        "epoch, attempt, checkpoint, checkpoint_length, checkpoint_thinking_length, started_at, reason, ended_at) "
+        "VALUES (:{}, :conversation, :message, :user, 'm', 'continue', '{}', 'QUEUED', 0, 0, '', 0, 0, :at, {})"
+    )
+    with engine.begin() as connection:
+        for statement in (
+            "INSERT INTO users (id, name, token_hash, created_at) VALUES (:user, 'ada', 'x', :at)",
+            "INSERT INTO conversations (id, title, created_at) VALUES (:conversation, 't', :at)",
+            "INSERT INTO messages (id, conversation_id, role, content, thinking, created_at) "
+            "VALUES (:message, :conversation, 'assistant', '', '', :at)",
+            session.format("running", "ACTIVE", "NULL, NULL"),
+            session.format("ended", "COMPLETED", "'stop', :at"),
+        ):
+            bound = text(statement).bindparams(sa.bindparam("at", type_=moment))
+            connection.execute(bound, values | {"at": never})
+    upgrade()
+    with engine.connect() as connection:
+        found = connection.execute(text("SELECT status, due_at, due_reason FROM stream_sessions ORDER BY status")).all()
+    assert [(row[0], row[1] is not None, row[2]) for row in found] == [
+        ("ACTIVE", True, "queue_timeout"),
+        ("COMPLETED", False, None),
+    ]
+    downgrade(revision="0001")
+    upgrade()
 
 
 def test_there_is_one_head(app: Flask) -> None:

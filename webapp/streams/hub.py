@@ -162,7 +162,6 @@ class StreamHub:
             self._watching[session_id] -= 1
             if not self._watching[session_id]:
                 del self._watching[session_id]
-                self._abandonable.discard(session_id)
                 self._left.add(session_id)
         self._report_due.set()
 
@@ -284,7 +283,7 @@ class StreamHub:
     def _wake(self) -> None:
         """End the hub's blocking read, so that it looks at its channels again."""
         try:
-            pipe = self._redis.pipeline(transaction=False)
+            pipe = self._redis.pipeline()
             pipe.xadd(wake_key(self._id), {"w": "1"}, maxlen=1)
             pipe.expire(wake_key(self._id), WAKE_TTL_SECONDS)
             pipe.execute()
@@ -339,6 +338,7 @@ class StreamHub:
         with self._lock:
             viewers, abandonable = dict(self._watching), list(self._abandonable)
             left, self._left = self._left - viewers.keys(), set()
+            self._abandonable -= left  # told once more, though: the grace begins when the last has gone
         if abandonable:
             self.watched(abandonable)
         self._report_viewers(viewers | dict.fromkeys(left, 0))
@@ -347,7 +347,7 @@ class StreamHub:
     def _report_viewers(self, viewers: dict[UUID, int]) -> None:
         if not viewers:
             return
-        pipe = self._redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline()  # whole, or a key might stay without a TTL
         for session_id, count in viewers.items():
             key = viewers_key(session_id)
             if count:
