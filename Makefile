@@ -78,6 +78,11 @@ bench-stability: install ## Measure what streams leave behind, and what each tak
 bench-reaper: install ## Measure a pass of the reaper beside a million ended sessions
 	$(BIN)/python -m bench.reaper $(ARGS)
 
+.PHONY: fuzz
+fuzz: install ## Ask the API for whatever its documents allow, for some minutes; SLUICEGATE_FUZZ_SEED=7 repeats a run
+	SLUICEGATE_FUZZ_EXAMPLES=$${SLUICEGATE_FUZZ_EXAMPLES:-200} SLUICEGATE_FUZZ_SECONDS=$${SLUICEGATE_FUZZ_SECONDS:-300} \
+	  SLUICEGATE_FUZZ_SEED=$${SLUICEGATE_FUZZ_SEED:-$$$$} $(BIN)/python -m pytest -s tests/functional/test_schema.py
+
 .PHONY: lock
 lock: ## Write constraints.txt anew, with the newest version of everything
 	rm -rf .lock

@@ -84,3 +84,29 @@ def anchors(document: Path) -> set[str]:
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_requirement_names_tests_and_code_that_are_there() -> None:
+    text = (ROOT / "docs/requirements.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|webapp|workers|bench|migrations)/[^`]*)`", text)
+    assert [name for name in named if not is_there(name)] == []
+    requirements, _, steps = text.partition("## The ten steps")
+    without = [part.split(":")[0] for part in requirements.split("### ")[1:] if "::test_" not in part]
+    assert without == []
+    assert len(requirements.split("### REQ-")) == 11
+    assert len(re.findall(r"^\| (?!step|---)[^|]+ \| [^|]*`[^|]* \| [^|]*`tests/", steps, re.MULTILINE)) == 10
+
+
+def is_there(name: str) -> bool:
+    """Whether a file, or a test in it as pytest names it, is there."""
+    path, *parts = name.split("::")
+    file = ROOT / path
+    if not parts:
+        return file.exists()
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    for part in parts:
+        found = re.search(rf"^ *(?:class|def) {part}\b", text, re.MULTILINE)
+        if found is None:
+            return False
+        text = text[found.end() :]
+    return True

@@ -9,6 +9,7 @@ from typing import Any, Final
 from apiflask import APIFlask
 from pydantic import TypeAdapter
 
+from webapp.calls import KEY_LIMIT_CHARACTERS
 from webapp.config import Settings
 from webapp.views import View, camel_case
 
@@ -39,8 +40,21 @@ The events of a stream, what a position is, and when to try again: see `docs/pro
 
 EVENT_STREAM: Final[dict[str, Any]] = {
     "description": "The stream, as server-sent events; see docs/protocol.md",
-    # Without a schema: OpenAPI 3.1 has no word for that of one event.
-    "content": {"text/event-stream": {}},
+    # The schema of each event: of the text as a whole there is nothing to say, and tools take it so.
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "required": ["data"],
+                "properties": {
+                    "event": {"type": "string", "enum": ["session", "phase", "thinking", "message", "done"]},
+                    "id": {"type": "string"},
+                    "retry": {"type": "integer"},
+                    "data": {"type": "string"},
+                },
+            }
+        }
+    },
 }
 
 
@@ -107,12 +121,17 @@ def _has_required(document: dict[str, Any], body: dict[str, Any]) -> bool:
     return bool(document["components"]["schemas"][name].get("required"))
 
 
-def _parameter(name: str, place: str, description: str) -> dict[str, Any]:
-    return {"name": name, "in": place, "required": False, "description": description, "schema": {"type": "string"}}
+def _parameter(name: str, place: str, description: str, **schema: Any) -> dict[str, Any]:
+    schema = {"type": "string"} | schema
+    return {"name": name, "in": place, "required": False, "description": description, "schema": schema}
 
 
 _KEY: Final = _parameter(
-    "Idempotency-Key", "header", "1 to 255 characters of your own: a repetition with the same gets the first's session"
+    "Idempotency-Key",
+    "header",
+    "1 to 255 characters of your own: a repetition with the same gets the first's session",
+    maxLength=KEY_LIMIT_CHARACTERS,
+    pattern="^[!-~]([ -~]*[!-~])?$",
 )
 _HEADERS: Final = {
     ("post", "/api/stream-message"): [_KEY],
