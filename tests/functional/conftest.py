@@ -16,6 +16,9 @@ from tests.functional.nodes import Client, Stack
 from tests.services import PostgresServer, valkey_server
 from tests.upstream import UpstreamProcess
 
+# So that what they assert is told in full.
+pytest.register_assert_rewrite("tests.functional.ending", "tests.functional.text")
+
 
 @pytest.fixture(scope="module")
 def stack_database() -> str:

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ GRACE_SECONDS = 2.0
 REPORT_SECONDS = GRACE_SECONDS / 4
 """Between two reports of a web process on who is watching."""
 REAP_SECONDS = 2.0
-LATE_SECONDS = 1.5
+LATE_SECONDS = 3.0
 """That a machine may be late which does other things as well."""
 NOTICED_SECONDS = 1.0
 
@@ -64,8 +64,9 @@ def begin(client: Client, name: str, model: str, on_disconnect: str | None = "te
     return client.post_message("go on", model=f"name={name},{model}", on_disconnect=on_disconnect)
 
 
-def leave(client: Client, session: dict[str, Any], *readers: Reader) -> datetime:
+def leave(stack: Stack, session: dict[str, Any], *readers: Reader) -> datetime:
     """Have all of a stream's readers leave, which is noticed soon; the moment at which the last has gone."""
+    client = stack.client()
     wait_until(lambda: client.stream(session["sessionId"])["viewers"] == len(readers), 5, "all readers are known")
     for reader in readers:
         reader.leave()
@@ -73,6 +74,10 @@ def leave(client: Client, session: dict[str, Any], *readers: Reader) -> datetime
     wait_until(
         lambda: client.stream(session["sessionId"])["viewers"] == 0, NOTICED_SECONDS, "they are known to be gone"
     )
+    # The grace begins only now.
+    abandon_at = rows_of(stack, session["sessionId"])[0].abandon_at
+    assert abandon_at is not None
+    assert abandon_at >= left_at + timedelta(seconds=GRACE_SECONDS)
     return left_at
 
 
@@ -92,21 +97,25 @@ def assert_abandoned(
 
 
 def test_nobody_is_there(stack: Stack, client: Client, other: Client, upstream: UpstreamProcess) -> None:
-    """It speaks, is silent, or loads its model; its readers leave, or nobody ever came."""
+    """It speaks, is silent, or loads its model; its readers leave, or who sent it does, or nobody ever came."""
     unread = {what: begin(client, f"unread-{what}", model) for what, model in MODELS.items()}
     by_setting = begin(other, "by-setting", FALLS_SILENT, None)
     read = {what: begin(client, f"read-{what}", model) for what, model in MODELS.items()}
     readers = {what: client.follow(session["sessionId"]) for what, session in read.items()}
     for what in ("speaks", "silent"):
         readers[what].wait_for_text(30)
-    left_at = {what: leave(client, session, readers[what]) for what, session in read.items()}
+    left_at = {what: leave(stack, session, readers[what]) for what, session in read.items()}
+    with client.post_stream("go on", model=f"name=posted,{FALLS_SILENT}", on_disconnect="terminate") as posted:
+        next(event for event in posted if event.event == "message")
+    posted_left_at = datetime.now(UTC)
     for what, session in read.items():
         partial = assert_abandoned(stack, client, upstream, session, left_at[what])
         assert partial.startswith(readers[what].text)
         assert partial.startswith("t0") is (what != "loads")
     for session in (*unread.values(), by_setting):
         assert_abandoned(stack, client, upstream, session, rows_of(stack, session["sessionId"])[0].started_at)
-    assert [one.outcome for one in upstream.requests()] == ["disconnected"] * 7
+    assert_abandoned(stack, client, upstream, client.stream(posted.session_id), posted_left_at)
+    assert [one.outcome for one in upstream.requests()] == ["disconnected"] * 8
 
 
 def test_somebody_is_there(stack: Stack, client: Client, other: Client, upstream: UpstreamProcess) -> None:
@@ -121,7 +130,7 @@ def test_somebody_is_there(stack: Stack, client: Client, other: Client, upstream
     with slow_reader(stack, client, slow) as read_slowly:
         before = client.follow(reloaded["sessionId"])
         before.wait_for_text(20)
-        left_at = leave(client, reloaded, before)
+        left_at = leave(stack, reloaded, before)
         first.leave()
         wait_until(
             lambda: other.stream(shared["sessionId"])["viewers"] == 1, NOTICED_SECONDS, "one is known to be gone"
@@ -133,7 +142,7 @@ def test_somebody_is_there(stack: Stack, client: Client, other: Client, upstream
         # Whatever could end one of these ends this one, which is left behind after them at both web processes.
         control = begin(client, "control", silent)
         watching = [client.follow(control["sessionId"]), other.follow(control["sessionId"])]
-        control_left_at = leave(client, control, *watching)
+        control_left_at = leave(stack, control, *watching)
         assert_abandoned(stack, client, upstream, control, control_left_at)
 
         kept = [reloaded, shared, slow, *alone]
@@ -208,7 +217,7 @@ def test_nobody_is_there_while_it_is_queued(stack: Stack, client: Client, upstre
     stack.worker.container.process.kill()
     unread, read, waiting = (begin(client, name, "tokens=5") for name in ("unread", "read", "waiting"))
     reader = client.follow(waiting["sessionId"])
-    left_at = leave(client, read, client.follow(read["sessionId"]))
+    left_at = leave(stack, read, client.follow(read["sessionId"]))
     assert assert_abandoned(stack, client, upstream, read, left_at) == ""
     started_at = rows_of(stack, unread["sessionId"])[0].started_at
     assert assert_abandoned(stack, client, upstream, unread, started_at) == ""

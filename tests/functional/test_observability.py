@@ -316,12 +316,14 @@ class TestLogs:
     def test_so_do_those_that_know_only_the_session(self, stack: Stack, client: Client) -> None:
         session = client.post_message("say it", model=ENDLESS)
         client.follow(session["sessionId"]).wait_for_text(10)
-        stack.worker.container.process.send_signal(signal.SIGTERM)
+        worker = stack.worker.container.process
+        worker.send_signal(signal.SIGTERM)
         (line,) = wait_until(lambda: about(stack, session, "stream.handed_over"), 10)
         assert line["conversation_id"] == session["conversationId"]
         assert line["user_id"]
         assert line["trace_id"]
         client.terminate(session["sessionId"])
+        worker.wait(20)
 
     def test_a_connection_s_next_request_inherits_nothing(self, stack: Stack, client: Client) -> None:
         session = client.post_message("say it", model="tokens=3")

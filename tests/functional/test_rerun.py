@@ -17,7 +17,7 @@ from tests.functional.text import sha256
 from tests.services import wait_until
 from tests.upstream import ChatRecord, Script, UpstreamProcess, expected_text
 
-LONG = "pace=80,tokens=80,alphabet=mixed"
+LONG = "pace=80,tokens=120,alphabet=mixed"
 HALTS = "pace=200,tokens=60,alphabet=mixed,silence_at=20:60"
 """Falls silent after a third; one who goes on from there hears the rest at once."""
 HALTS_TWICE = HALTS + "+40:60"
@@ -158,7 +158,7 @@ class TestContinue:
 
     def test_from_the_thinking(self, stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
         """There is no answer yet to go on with: the model thinks again, behind what it had thought."""
-        model = "pace=60,thinking=60,tokens=5"
+        model = "pace=60,thinking=100,tokens=5"
         old = client.post_message("think", model=model, think=True)
         old_reader = client.follow(old["sessionId"])
         wait_until(lambda: len(old_reader.thinking) > 20, 10)
@@ -202,7 +202,7 @@ class TestContinue:
     def test_twice_at_once(self, stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
         """Of eight who ask one is obeyed, whichever call it was."""
         for call in (client.continue_stream, client.retry_stream):
-            old, _ = stopped(client, LONG, 5)
+            old, _ = stopped(client, HALTS_TWICE)
             outcomes = together(lambda _, call=call, old=old: call(old["sessionId"]))
             (new,) = [one for one in outcomes if not isinstance(one, ApiError)]
             refused = [one for one in outcomes if isinstance(one, ApiError)]
@@ -210,7 +210,8 @@ class TestContinue:
             assert {one.code for one in refused} <= {"conversation_busy", "conflict"}
             assert len(client.call("GET", f"/api/conversations/{old['conversationId']}")["activeStreams"]) == 1
             reader = client.follow(new["sessionId"])
-            assert_ended(stack, upstream, new, [reader], "stop")
+            client.terminate(new["sessionId"])
+            assert_ended(stack, upstream, new, [reader], "user")
             assert len(answers(client, old["conversationId"])) == (1 if call == client.continue_stream else 2)
 
     def test_with_a_key(self, stack: Stack, client: Client) -> None:
@@ -306,19 +307,23 @@ class TestAskedAgain:
     """A client that did not get its answer asks once more."""
 
     @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-    def test_when_the_answer_was_lost(self, stack: Stack, upstream: UpstreamProcess, accept: str) -> None:
+    def test_when_the_answer_was_lost(
+        self, stack: Stack, client: Client, upstream: UpstreamProcess, accept: str
+    ) -> None:
         """It sends its request and is gone; the message was accepted all the same, and is not accepted twice."""
-        name = accept.partition("/")[2]
-        client = stack.client(stack.user(f"hasty-{name}"))
-        body = {"content": "once", "model": f"name={name},pace=50,tokens=30"}
-        send_and_go(stack, client, body, accept, key="lost")
-        (first,) = wait_until(lambda: client.call("GET", "/api/streams")["items"], 5, "the message was accepted")
-        again = client.post_message("once", model=body["model"], idempotency_key="lost")
+        body = {"content": "once", "model": f"name={accept.partition('/')[2]},pace=50,tokens=30"}
+        send_and_go(stack, client, body, accept, key=accept)
+
+        def accepted() -> list[dict[str, Any]]:
+            return [one for one in client.call("GET", "/api/streams")["items"] if one["model"] == body["model"]]
+
+        (first,) = wait_until(accepted, 5, "the message was accepted")
+        again = client.post_message("once", model=body["model"], idempotency_key=accept)
         assert again["sessionId"] == first["sessionId"]
         reader = client.follow(again["sessionId"])
         assert_ended(stack, upstream, again, [reader], "stop")
         assert len(client.messages(again["conversationId"])) == 2
-        assert len(client.call("GET", "/api/streams")["items"]) == 1
+        assert len(accepted()) == 1
         assert len(upstream.requests()) == 1
 
     def test_an_answer_that_runs(self, stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
