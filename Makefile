@@ -50,8 +50,9 @@ run: install ## Run everything; PORT=9000 for another port
 	@$(BIN)/sluicegate up
 
 .PHONY: test
+# Two at a time, a file of tests each: most of the time they wait. ARGS="-n 0" runs one after another.
 test: install ## Run the unit, integration and functional tests; ARGS="-k stop" for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: install ## Check style, types and the direction of imports

@@ -19,7 +19,7 @@ from webapp import auth
 from webapp.auth import Action
 from webapp.config import Settings
 from webapp.conversations import Conversations
-from webapp.errors import ConversationBusy, Invalid, NotFound, TooLarge
+from webapp.errors import ConversationBusy, Invalid, NotFound, TooLarge, TooManyStreams
 from webapp.limits import Limits
 from webapp.logs import bind
 from webapp.models import OnDisconnect, Role
@@ -42,6 +42,8 @@ from webapp.views import (
 
 UNTITLED: Final = "New conversation"
 KEY_LIMIT_CHARACTERS: Final = 255
+SUPERSEDE_TRIES: Final = 20
+"""How often a message that is to take a stream's place ends what stands there: each time somebody was quicker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +124,10 @@ class Calls:
         self._conversations.hide(conversation_id)
         self._end_streams(conversation_id)  # one may have begun in between; from now on none can
 
-    def _end_streams(self, conversation_id: UUID, reason: TerminationReason | None = None) -> None:
-        reason = reason or TerminationReason.CONVERSATION_DELETED
+    def _end_streams(self, conversation_id: UUID) -> None:
+        by = auth.require_user().name
         for active in self._queries.active_in(conversation_id):
-            self._manager.terminate(active.session_id, reason, by=auth.require_user().name)
+            self._manager.terminate(active.session_id, TerminationReason.CONVERSATION_DELETED, by=by)
 
     # -- members -------------------------------------------------------------------------------
 
@@ -171,7 +173,6 @@ class Calls:
         request_key = _request_key(user, key, asdict(request))
         if same := self._repeated(request_key):
             return same
-        self._limits.hit_messages(user)
         limit = self._settings.message_limit_characters
         if len(request.content) > limit:
             raise TooLarge(
@@ -179,6 +180,7 @@ class Calls:
             )
         if request.conversation_id is not None:
             auth.require(request.conversation_id, Action.SEND)
+        self._limits.hit_messages(user)
         new = NewMessage(
             user_id=user.id,
             content=request.content,
@@ -191,13 +193,28 @@ class Calls:
             timeouts=self._timeouts(request.timeouts or {}),
             request_key=request_key,
         )
-        try:
-            return self._manager.start(new)
-        except ConversationBusy:
-            if request.on_active != "terminate" or request.conversation_id is None:
-                raise
-        self._end_streams(request.conversation_id, TerminationReason.SUPERSEDED)
+        if request.on_active == "terminate" and request.conversation_id is not None:
+            return self._supersede(new, request.conversation_id)
         return self._manager.start(new)
+
+    def _supersede(self, new: NewMessage, conversation_id: UUID) -> SessionView:
+        """Begin in place of the conversation's active session; others may be about to do the same."""
+        for _ in range(SUPERSEDE_TRIES):
+            try:
+                return self._manager.start(new)
+            except (ConversationBusy, TooManyStreams) as error:
+                in_the_way = self._queries.active_in(conversation_id)
+                if same := self._repeated(new.request_key):
+                    return same  # what is in the way may be what this very request began, when it was sent before
+                if isinstance(error, TooManyStreams) and not self._makes_room(in_the_way, new.user_id):
+                    raise
+            for active in in_the_way:
+                self._manager.terminate(active.session_id, TerminationReason.SUPERSEDED, by=auth.require_user().name)
+        return self._manager.start(new)
+
+    def _makes_room(self, sessions: Sequence[SessionView], user_id: UUID) -> bool:
+        """Whether the end of one of these leaves the user below the cap."""
+        return any(self._queries.row(one.session_id).user_id == user_id for one in sessions)
 
     def continue_stream(self, session_id: UUID, key: str | None = None) -> SessionView:
         """Go on writing the answer of a session that has ended, from where its partial ends; a new session."""

@@ -93,18 +93,13 @@ class Runtime:
             try:
                 run.join()
             except gevent.GreenletExit:
-                if self._is_left_behind(generation.session_id):
-                    generation.hand_over()
-                else:
+                # A task that somebody means to end is put on this list first. A cold shutdown kills all tasks, which
+                # nobody means as the end of their streams, and may do so before it says anywhere that it has begun.
+                if str(generation.session_id) in worker_state.revoked:
                     generation.stop(TerminationReason.REVOKED)
+                else:
+                    generation.hand_over()
         run.get(block=False)  # raises what the run raised
-
-    def _is_left_behind(self, session_id: UUID) -> bool:
-        """Whether a task was killed because its worker leaves: a cold shutdown kills all of them, which nobody means
-        as the end of their streams."""
-        # Celery's own signal for it does not always come: sending it from gevent's hub may fail.
-        leaving = self.draining or worker_state.should_terminate is not None
-        return leaving and str(session_id) not in worker_state.revoked
 
     def drain(self) -> None:
         """Let the running streams end for a grace, then give the rest up to another worker. Blocks."""

@@ -21,17 +21,19 @@ _COLUMNS = (
     ("due_reason", sa.String(length=24)),
     ("abandon_at", sa.DateTime(timezone=True)),
 )
+_ON_DISCONNECT = ("on_disconnect", sa.String(length=10))
 
 
 def upgrade() -> None:
     for name, kind in _COLUMNS:
         op.add_column("stream_sessions", sa.Column(name, kind, nullable=True))
     # What runs over the upgrade is due as if it had begun to wait now; its worker's next heartbeat knows better.
-    sessions = sa.table(
-        "stream_sessions", sa.column("status"), sa.column("due_at", _COLUMNS[1][1]), sa.column("due_reason")
-    )
-    due_at = datetime.now(UTC) + timedelta(seconds=600)
-    op.execute(sessions.update().where(sessions.c.status == "ACTIVE").values(due_at=due_at, due_reason="queue_timeout"))
+    moment = datetime.now(UTC)
+    sessions = sa.table("stream_sessions", *(sa.column(*column) for column in (*_COLUMNS, ("status",), _ON_DISCONNECT)))
+    active = sessions.update().where(sessions.c.status == "ACTIVE")
+    op.execute(active.values(due_at=moment + timedelta(seconds=600), due_reason="queue_timeout"))
+    unwatched = active.where(sessions.c.on_disconnect == "terminate")
+    op.execute(unwatched.values(abandon_at=moment + timedelta(seconds=30)))
     op.create_index("ix_stream_sessions_ended_at", "stream_sessions", ["ended_at"])
     for name, column in (("due", "due_at"), ("abandoned", "abandon_at")):
         op.create_index(

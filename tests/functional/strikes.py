@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import gevent
+from celery.worker import state as worker_state
 
 from webapp.app import make_services
 from webapp.config import load_settings
@@ -88,6 +89,7 @@ class Striker:
         generation = self._runtime.table.get(self.session_id)
         self.struck_while = "ending" if generation is not None and generation._stop is not None else "running"
         for _ in range(self._times):
+            worker_state.revoked.add(str(self.session_id))
             self.task.kill(block=False)
             gevent.spawn(self._runtime.on_revoked, str(self.session_id))
             for _ in range(3):

@@ -7,12 +7,14 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import func, select, update
 
 from tests.integration.conftest import MakeWorld
 from tests.integration.test_recovery import lost, silence_heartbeat
 from tests.integration.world import WORLD_TEXT, World
 from tests.services import wait_until
+from webapp.errors import Unavailable
 from webapp.models import Conversation, IdempotencyKey, Message, OnDisconnect, SignInToken, StreamSession, db, now
 from webapp.streams import retention
 from webapp.streams.lifecycle import TerminationReason
@@ -147,6 +149,35 @@ class TestAbandonment:
         assert row.status == "ACTIVE"
         assert row.abandon_at is not None
         assert row.abandon_at > now()
+
+    def test_who_is_there_is_told_to_redis_also_while_the_database_is_away(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or whoever watched all the time would count as nobody, once the database is back."""
+
+        def away(_: object) -> None:
+            raise Unavailable
+
+        session_id, hub = self.watched(world), world.services.hub
+        monkeypatch.setattr(hub, "watched", away)
+        hub.arrive(session_id, abandonable=True)
+        wait_until(lambda: world.queries.view(session_id).viewers == 1)
+        world.change(session_id, abandon_at=ago())
+        world.reaper.reap()
+        assert world.row(session_id).status == "ACTIVE"
+        hub.leave(session_id)
+        wait_until(lambda: world.queries.view(session_id).viewers == 0)
+
+    def test_where_redis_cannot_say_who_is_there_it_waits(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        session_id = self.watched(world)
+
+        def away(_: object) -> list[int]:
+            raise RedisConnectionError
+
+        monkeypatch.setattr(world.queries, "count_viewers", away)
+        world.change(session_id, abandon_at=ago())
+        world.reaper.reap()
+        assert world.row(session_id).stop_reason is None
 
     def test_the_hub_reports_who_comes_and_goes_at_once(self, world: World) -> None:
         session_id, hub = self.watched(world), world.services.hub

@@ -113,6 +113,31 @@ class TestTheRequest:
         assert '"code":"method_not_allowed"' in streamed.text
         assert world.counts()["conversations"] == 0
 
+    def test_nor_by_head(self, rest: Caller, world: World) -> None:
+        assert rest.call("HEAD", "/graphql", json={"query": CREATE}).status_code >= 400
+        asked = f"/graphql?query={quote(CREATE)}"
+        assert rest.call("HEAD", asked).status_code == 405
+        assert world.counts()["conversations"] == 0
+
+    def test_of_several_operations_one_must_be_named(self, rest: Caller, world: World) -> None:
+        create = CREATE.removeprefix("mutation")
+        two = {"query": f"mutation A {create} mutation B {create}"}
+        (error,) = rest.post("/graphql", two).get_json()["errors"]
+        assert error["extensions"]["code"] == "invalid"
+        assert world.counts()["conversations"] == 0
+        assert "errors" not in rest.post("/graphql", two | {"operationName": "B"}).get_json()
+        assert world.counts()["conversations"] == 1
+
+    def test_nested_lists_are_counted(self, rest: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("webapp.graphql.limits.NESTED_LIST_LIMIT", 4)
+        for _ in range(3):
+            rest.post("/api/conversations", {})
+        once = "{conversations {items {messages {id}}}}"
+        assert "errors" not in rest.post("/graphql", {"query": once}).get_json()
+        twice = "{conversations {items {messages {id} members {name}}}}"
+        errors = rest.post("/graphql", {"query": twice}).get_json()["errors"]
+        assert {one["extensions"]["code"] for one in errors} == {"invalid"}
+
     def test_a_query_by_get(self, rest: Caller) -> None:
         query = "query A($n: Int) {conversations(limit: $n) {nextCursor}} query B {me {id}}"
         variables = quote(json.dumps({"n": 1}))

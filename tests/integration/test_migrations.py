@@ -99,7 +99,7 @@ def test_what_runs_over_an_upgrade_is_due_and_what_has_ended_is_not(app: Flask, 
     session = (
         "INSERT INTO stream_sessions (id, conversation_id, message_id, user_id, model, on_disconnect, status, phase, "
         "epoch, attempt, checkpoint, checkpoint_length, checkpoint_thinking_length, started_at, reason, ended_at) "
-        "VALUES (:{}, :conversation, :message, :user, 'm', 'continue', '{}', 'QUEUED', 0, 0, '', 0, 0, :at, {})"
+        "VALUES (:{}, :conversation, :message, :user, 'm', 'terminate', '{}', 'QUEUED', 0, 0, '', 0, 0, :at, {})"
     )
     with engine.begin() as connection:
         for statement in (
@@ -114,10 +114,12 @@ def test_what_runs_over_an_upgrade_is_due_and_what_has_ended_is_not(app: Flask, 
             connection.execute(bound, values | {"at": never})
     upgrade()
     with engine.connect() as connection:
-        found = connection.execute(text("SELECT status, due_at, due_reason FROM stream_sessions ORDER BY status")).all()
-    assert [(row[0], row[1] is not None, row[2]) for row in found] == [
-        ("ACTIVE", True, "queue_timeout"),
-        ("COMPLETED", False, None),
+        found = connection.execute(
+            text("SELECT status, due_at, due_reason, abandon_at FROM stream_sessions ORDER BY status")
+        ).all()
+    assert [(row[0], row[1] is not None, row[2], row[3] is not None) for row in found] == [
+        ("ACTIVE", True, "queue_timeout", True),
+        ("COMPLETED", False, None, False),
     ]
     downgrade(revision="0001")
     upgrade()

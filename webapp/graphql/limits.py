@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
+from flask import g
 from graphql import (
     DocumentNode,
     FieldNode,
@@ -27,6 +29,10 @@ from strawberry.extensions import (
 )
 
 from webapp.config import Settings
+from webapp.errors import Invalid
+
+NESTED_LIST_LIMIT: Final = 200
+"""Lists within lists that one document may ask for: one of each conversation of the longest page."""
 
 
 def limits(settings: Settings) -> list[Callable[[], SchemaExtension]]:
@@ -34,10 +40,35 @@ def limits(settings: Settings) -> list[Callable[[], SchemaExtension]]:
     made: list[Callable[[], SchemaExtension]] = [
         lambda: MaxTokensLimiter(max_token_count=settings.graphql_token_limit),
         lambda: MaxFieldsLimiter(settings.graphql_token_limit),
+        OneOperation,
         lambda: QueryDepthLimiter(max_depth=settings.graphql_depth_limit),
         lambda: MaxAliasesLimiter(max_alias_count=settings.graphql_alias_limit),
     ]
     return made if settings.graphql_introspection else [*made, DisableIntrospection]
+
+
+def take_nested_list() -> None:
+    """Count a list that is asked for each of many: a short document may otherwise mean thousands of queries.
+
+    Raises:
+        Invalid: it is one too many.
+    """
+    g.nested_lists = g.get("nested_lists", 0) + 1
+    if g.nested_lists > NESTED_LIST_LIMIT:
+        raise Invalid(f"The document asks for more than {NESTED_LIST_LIMIT} nested lists; ask for fewer at a time")
+
+
+class OneOperation(SchemaExtension):
+    """Which of several operations is meant has to be said (GraphQL, section 6.1)."""
+
+    def on_validate(self) -> Iterator[None]:
+        context = self.execution_context
+        definitions = context.graphql_document.definitions if context.graphql_document else ()
+        count = sum(isinstance(one, OperationDefinitionNode) for one in definitions)
+        if count > 1 and not context._provided_operation_name:
+            error = GraphQLError("operationName must name one of the document's operations")
+            context.pre_execution_errors = [*(context.pre_execution_errors or ()), error]
+        yield
 
 
 class MaxFieldsLimiter(SchemaExtension):

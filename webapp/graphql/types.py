@@ -17,6 +17,7 @@ from strawberry.schema.types.scalar import DEFAULT_SCALAR_REGISTRY
 from strawberry.types.scalar import ScalarDefinition
 
 from webapp.calls import calls
+from webapp.graphql.limits import take_nested_list
 from webapp.streams.lifecycle import StreamPhase, StreamStatus
 from webapp.views import (
     ConversationView,
@@ -63,14 +64,17 @@ def _resolve(view: type[View], name: str, resolver: Any) -> None:
 
 
 def _messages(root: strawberry.Parent[ConversationView]) -> list[MessageView]:
+    take_nested_list()
     return list(calls().messages(root.id))
 
 
 def _active_streams(root: strawberry.Parent[ConversationView]) -> list[SessionView]:
+    take_nested_list()
     return calls().active_streams_in(root.id)
 
 
 def _members(root: strawberry.Parent[ConversationView]) -> list[MemberView]:
+    take_nested_list()
     return calls().members(root.id)
 
 

@@ -53,7 +53,7 @@ def answer() -> Response:
     """Answer one operation."""
     if _wants_page():
         return _page()
-    asked = validated(GraphQLRequest, _parameters() if request.method == "GET" else _body())
+    asked = validated(GraphQLRequest, _body() if request.method == "POST" else _parameters())
     if request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream":
         return _streamed(asked)
     return _executed(asked)
@@ -131,7 +131,7 @@ def _schema() -> strawberry.Schema:
 
 def _allowed() -> set[OperationType]:
     """By GET nothing is changed: a link must not, and a cookie alone may be sent with it."""
-    return {OperationType.QUERY} if request.method == "GET" else {OperationType.QUERY, OperationType.MUTATION}
+    return {OperationType.QUERY, OperationType.MUTATION} if request.method == "POST" else {OperationType.QUERY}
 
 
 def _body() -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _parameters() -> dict[str, Any]:
 
 
 def _wants_page() -> bool:
-    if request.method != "GET" or "query" in request.args:
+    if request.method == "POST" or "query" in request.args:
         return False
     asks = request.accept_mimetypes.best_match(["application/json", "text/event-stream", "text/html"]) == "text/html"
     return asks and bool(current_app.extensions["sluicegate"].settings.graphql_ide)

@@ -64,7 +64,7 @@ class Admission:
         """Write an ACTIVE session that goes on with the message of one that has ended, from all of its text.
 
         Raises:
-            ConversationBusy: that session has not ended.
+            ConversationBusy: that session, or another of the conversation, has not ended.
             Conflict: there is nothing to go on with: the answer is complete, was replaced, or was gone on with.
             TooManyStreams, Unavailable, NotFound, IntegrityError: as `of_message`.
         """
@@ -86,7 +86,7 @@ class Admission:
         """Write an ACTIVE session for another answer to the same question; the old one names it as its replacement.
 
         Raises:
-            ConversationBusy: the session has not ended.
+            ConversationBusy: that session, or another of the conversation, has not ended.
             Conflict: it was replaced before, or more was said since.
             TooManyStreams, Unavailable, NotFound, IntegrityError: as `of_message`.
         """
@@ -108,8 +108,8 @@ class Admission:
         if old is None:
             raise NotFound(f"There is no stream {rerun.session_id} that you can see")
         _require_visible(s, old.conversation_id)
-        if old.status == StreamStatus.ACTIVE:
-            raise ConversationBusy("The stream has not ended; wait for its end, or stop it", sessionId=str(old.id))
+        if (active := rows.active_in(s, old.conversation_id)) is not None:
+            raise busy(active)
         message = s.get_one(Message, old.message_id, populate_existing=True, with_for_update=True)
         if message.replaced_by_id is not None:
             raise Conflict("This answer was replaced by another; retry that one", messageId=str(message.replaced_by_id))
@@ -158,6 +158,14 @@ class Admission:
                 )
         if queue_cap and rows.queue_length(s) >= queue_cap:
             raise Unavailable("The queue is full; try again", retry_after_seconds=10)
+
+
+def busy(session_id: UUID | None) -> ConversationBusy:
+    """The refusal of a second session in a conversation; `session_id` is the first's, where it is known."""
+    return ConversationBusy(
+        "This conversation has an active stream; wait for its end, or stop it",
+        sessionId=str(session_id) if session_id else None,
+    )
 
 
 def _require_visible(s: Session, conversation_id: UUID) -> None:

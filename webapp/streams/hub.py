@@ -339,9 +339,15 @@ class StreamHub:
             viewers, abandonable = dict(self._watching), list(self._abandonable)
             left, self._left = self._left - viewers.keys(), set()
             self._abandonable -= left  # told once more, though: the grace begins when the last has gone
-        if abandonable:
-            self.watched(abandonable)
-        self._report_viewers(viewers | dict.fromkeys(left, 0))
+        try:
+            self._report_viewers(viewers | dict.fromkeys(left, 0))
+        except RedisError:
+            with self._lock:
+                self._left |= left
+            raise
+        finally:  # neither waits for the other: who ends what nobody watches asks both
+            if abandonable:
+                self.watched(abandonable)
         time.sleep(REPORT_PAUSE_SECONDS)  # whoever comes and goes in the meantime is reported together
 
     def _report_viewers(self, viewers: dict[UUID, int]) -> None:

@@ -24,11 +24,11 @@ from sqlalchemy.orm import Session
 from webapp import metrics, tracing
 from webapp.config import Settings
 from webapp.database import Database
-from webapp.errors import Conflict, ConversationBusy, Invalid, TooManyStreams, Unavailable
+from webapp.errors import Conflict, Invalid, TooManyStreams, Unavailable
 from webapp.logs import bind, brief
 from webapp.models import StreamSession, now
 from webapp.streams import endings, rows
-from webapp.streams.admission import Admission
+from webapp.streams.admission import Admission, busy
 from webapp.streams.events import MESSAGE, THINKING
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import Answer, Append, TokenLog, Verdict
@@ -81,7 +81,7 @@ class StreamSessionManager:
         Raises:
             Conflict: there is nothing to go on with. Otherwise as `start`.
         """
-        return self._accept(lambda s: self._admission.of_continuation(s, rerun), rerun.request_key)
+        return self._again(lambda s: self._admission.of_continuation(s, rerun), rerun)
 
     def retry(self, rerun: Rerun) -> SessionView:
         """Give another answer to the question of a session that has ended; the old one stays, marked as replaced.
@@ -89,7 +89,10 @@ class StreamSessionManager:
         Raises:
             Conflict: it was replaced before, or more was said since. Otherwise as `start`.
         """
-        return self._accept(lambda s: self._admission.of_retry(s, rerun), rerun.request_key)
+        return self._again(lambda s: self._admission.of_retry(s, rerun), rerun)
+
+    def _again(self, admit: Callable[[Session], StreamSession], rerun: Rerun) -> SessionView:
+        return self._accept(admit, rerun.request_key, self._queries.row(rerun.session_id).conversation_id)
 
     def _accept(
         self, admit: Callable[[Session], StreamSession], key: RequestKey | None, conversation_id: UUID | None = None
@@ -148,13 +151,8 @@ class StreamSessionManager:
         """The partial unique index allows one ACTIVE session a conversation; any other conflict is a defect."""
         if not isinstance(error, IntegrityError):
             return error
-        active = self._queries.active_in(conversation_id) if conversation_id else []
-        if not active and "conversation" not in str(error.orig):
-            return error
-        return ConversationBusy(
-            "This conversation has an active stream; wait for its end, or stop it",
-            sessionId=str(active[0].session_id) if active else None,
-        )
+        active = self._database.read(lambda s: rows.active_in(s, conversation_id)) if conversation_id else None
+        return busy(active) if active or "conversation" in str(error.orig) else error
 
     def _enqueue(self, session_id: UUID) -> None:
         self._try("enqueue", lambda: self._queue.enqueue(session_id), session_id)

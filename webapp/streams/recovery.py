@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -35,6 +36,9 @@ log = structlog.get_logger(__name__)
 
 REAP_BATCH: Final = 200
 """Sessions of one kind that one pass takes."""
+STOP_BATCH: Final = 100
+"""Of those that are to be stopped: each may have to wait some seconds for a worker that does not answer."""
+STOPPED_AT_ONCE: Final = 20
 LOCK_SECONDS: Final = 10
 PUBLISH_GRACE_SECONDS: Final = 5
 """That whoever committed an ending has for putting `done` in the log."""
@@ -70,10 +74,10 @@ class Reaper:
         lost = [row.id for row in silent.values() if self._is_lost(row)]
         done = {"lost": self._each("recover", lost, lambda session_id: self._recover(silent[session_id]))}
         # A live worker ends its own; one that has not in a lease's time is told to.
-        due = {row.id: row for row in read(lambda s: rows.due(s, moment, REAP_BATCH)) if _is_due(row, moment - lease)}
-        done["due"] = self._each("expire", list(due), lambda session_id: self._expire(due[session_id]))
-        abandoned = read(lambda s: rows.abandoned(s, moment, REAP_BATCH))
-        done["abandoned"] = self._each("abandon", abandoned, self._abandon)
+        due = {row.id: row for row in read(lambda s: rows.due(s, moment, STOP_BATCH)) if _is_due(row, moment - lease)}
+        done["due"] = self._each("expire", list(due), lambda session_id: self._expire(due[session_id]), STOPPED_AT_ONCE)
+        abandoned = read(lambda s: rows.abandoned(s, moment, STOP_BATCH))
+        done["abandoned"] = self._each("abandon", abandoned, self._abandon, STOPPED_AT_ONCE)
         done["unclaimed"] = self._each(
             "requeue", read(lambda s: rows.unclaimed(s, moment, REAP_BATCH)), self._reconsider
         )
@@ -82,16 +86,21 @@ class Reaper:
         done["unpublished"] = self._each("publish", unpublished, self._manager.publish)
         return +Counter(done | self._retention.sweep())
 
-    def _each(self, step: str, session_ids: Sequence[UUID], action: Callable[[UUID], object]) -> int:
+    def _each(self, step: str, session_ids: Sequence[UUID], action: Callable[[UUID], object], at_once: int = 1) -> int:
         """Deal with each; one session's trouble is its own. Returns with how many it went well."""
-        done = 0
-        for session_id in session_ids:
+
+        def deal_with(session_id: UUID) -> bool:
             try:
                 action(session_id)
-                done += 1
             except Exception as error:
                 log.warning("reaper.step_failed", step=step, session_id=str(session_id), error=brief(error))
-        return done
+                return False
+            return True
+
+        if at_once == 1 or len(session_ids) < 2:
+            return sum(map(deal_with, session_ids))
+        with ThreadPoolExecutor(at_once) as pool:
+            return sum(pool.map(deal_with, session_ids))
 
     def _is_lost(self, row: StreamSession) -> bool:
         """A worker is lost only when its lease in Redis is old as well: a database that was slow loses nobody."""
@@ -130,7 +139,7 @@ class Reaper:
 
     def _abandon(self, session_id: UUID) -> None:
         """Nobody is known to have watched it for its grace; whoever is there now has only not been written down."""
-        if self._queries.view(session_id).viewers:
+        if self._queries.count_viewers([session_id])[0]:  # raises where Redis cannot say
             grace = timedelta(seconds=self._settings.abandon_grace_seconds)
             self._manager.watched([session_id], now() + grace)
             return

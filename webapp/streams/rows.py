@@ -325,6 +325,12 @@ def keep_visible(s: Session, conversation_id: UUID) -> bool:
     return s.scalar(select(Conversation.id).where(where).with_for_update(read=True)) is not None
 
 
+def active_in(s: Session, conversation_id: UUID) -> UUID | None:
+    """The conversation's ACTIVE session."""
+    where = (StreamSession.conversation_id == conversation_id) & (StreamSession.status == ACTIVE)
+    return s.scalar(select(StreamSession.id).where(where))
+
+
 def active_count(s: Session, user_id: UUID) -> int:
     """How many sessions of a user are ACTIVE."""
     where = (StreamSession.user_id == user_id) & (StreamSession.status == ACTIVE)

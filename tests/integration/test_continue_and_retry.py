@@ -142,10 +142,12 @@ class TestContinue:
 
     def test_nor_while_the_conversation_has_another(self, world: World) -> None:
         old = ended(world)
-        world.start(conversation_id=world.row(old.session_id).conversation_id)
+        active = world.start(conversation_id=world.row(old.session_id).conversation_id)
         counts = world.counts()
-        with pytest.raises(ConversationBusy):
-            continued(world, old.session_id)
+        for again in (continued, retried):
+            with pytest.raises(ConversationBusy) as caught:
+                again(world, old.session_id)
+            assert caught.value.extra["sessionId"] == str(active.session_id)
         assert world.counts() == counts
         assert world.message(old.session_id).status == "TERMINATED"
 
