@@ -114,10 +114,8 @@ class StreamSessionManager:
     def _open(self, row: StreamSession) -> None:
         """Make the log; one that goes on with a message opens with what that message has."""
         self._log.open(row.id, row.epoch, live_seconds=self._live_seconds(row))
-        thinking, content = (
-            row.checkpoint[: row.checkpoint_thinking_length],
-            row.checkpoint[row.checkpoint_thinking_length :],
-        )
+        cut, text = row.checkpoint_thinking_length, row.checkpoint
+        thinking, content = text[:cut], text[cut:]
         pieces = [(THINKING, 0, thinking), (MESSAGE, len(thinking), content)]
         self._log.apply([Append(row.id, row.epoch, start, kind, text) for kind, start, text in pieces if text])
 
