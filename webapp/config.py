@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     first_token_timeout_seconds: float = Field(300, gt=0, description="from the claim to the first token")
     idle_timeout_seconds: float = Field(120, gt=0, description="silence between two tokens")
     max_duration_seconds: float = Field(3600, gt=0, description="from the claim to the end")
-    abandon_grace_seconds: float = Field(30, gt=0, description="without a viewer, where onDisconnect is terminate")
+    abandon_grace_seconds: float = Field(30, ge=0, description="without a viewer, where onDisconnect is terminate")
     on_disconnect: Literal["continue", "terminate"] = Field(
         "continue", description="what becomes of a stream that nobody watches, where a request does not say"
     )
