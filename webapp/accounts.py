@@ -66,6 +66,10 @@ class Accounts:
         """All users, by name."""
         return self._database.read(lambda s: [_view(user) for user in s.scalars(select(User).order_by(User.name))])
 
+    def require_user(self, name: str) -> None:
+        """Raises `NotFound` where there is no user of that name."""
+        self._database.read(lambda s: _named(s, name))
+
     def disable_user(self, name: str) -> None:
         """The user's tokens and cookies are refused from now on.
 

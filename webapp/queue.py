@@ -11,7 +11,7 @@ from uuid import UUID
 
 import redis
 from celery import Celery
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -47,7 +47,8 @@ def make_celery(settings: Settings, *, publisher: bool = False, **options: Any) 
         result_backend=None,
         task_ignore_result=True,
         task_default_queue=GENERATE_QUEUE,
-        task_queues=[Queue(GENERATE_QUEUE), Queue(MAINTENANCE_QUEUE)],
+        # Each by an exchange of its own: what is sent to one must never be copied to the other.
+        task_queues=[Queue(name, Exchange(name), routing_key=name) for name in (GENERATE_QUEUE, MAINTENANCE_QUEUE)],
         task_routes={REAP_TASK: {"queue": MAINTENANCE_QUEUE}},
         task_publish_retry=False,
         worker_concurrency=settings.worker_concurrency,

@@ -14,7 +14,7 @@ from pytest_celery import CeleryTestSetup
 
 from tests.functional.nodes import Client, Reader, Stack
 from tests.functional.text import assert_one_text
-from tests.services import wait_until
+from tests.services import ProcessFailed, wait_until
 from tests.upstream import UpstreamProcess
 
 PROMPT_SECONDS = 1.0
@@ -221,6 +221,8 @@ class TestOtherWays:
         session = client.post_message("go on", model="pace=50,tokens=100000")
         reader = client.follow(session["sessionId"])
         reader.wait_for_text(10)
+        with pytest.raises(ProcessFailed, match="There is no user 'nobody'"):
+            stack.cli("streams", "stop", "--user", "nobody")
         stack.cli("streams", "stop", session["sessionId"])
         assert reader.wait_until_done()["reason"] == "admin"
         receipt = client.terminate(session["sessionId"])

@@ -227,9 +227,11 @@ class TestRetry:
 
     def test_what_was_replaced_is_not_retried(self, world: World) -> None:
         old = ended(world)
-        world.run(retried(world, old.session_id).session_id).end(USER)
-        with pytest.raises(Conflict, match="replaced"):
+        newer = world.run(retried(world, old.session_id).session_id)
+        newer.end(USER)
+        with pytest.raises(Conflict, match="replaced") as caught:
             retried(world, old.session_id)
+        assert caught.value.extra["sessionId"] == str(newer.session_id)
 
     def test_nor_what_more_was_said_after(self, world: World) -> None:
         old = ended(world)

@@ -61,6 +61,9 @@ class TestFailures:
         assert "--all" in failure_of(capsys, "streams", "stop")
         assert "--all" in failure_of(capsys, "streams", "stop", "--all", "--model", "demo")
 
+    def test_flower_needs_a_broker(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "REDIS_URL is not set" in failure_of(capsys, "flower")
+
     def test_a_taken_port(self, capsys: pytest.CaptureFixture[str]) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))

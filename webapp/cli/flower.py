@@ -25,6 +25,7 @@ def flower() -> None:
     from webapp.config import load_settings
 
     settings = load_settings()
+    settings.effective_broker_url  # noqa: B018 - raises where there is none: Flower would show an empty one for ever
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     state = settings.data_dir.absolute() / _STATE_FILE
     _drop_unreadable(state)

@@ -56,6 +56,8 @@ def stop(ids: tuple[UUID, ...], user_name: str | None, model: str | None, everyt
     from webapp.cli.services import open_services
 
     services = open_services()
+    if user_name:
+        services.accounts.require_user(user_name)  # a misspelt name must not look like a success
     chosen = list(ids) or _active(services.queries, user_name, model)
     with ThreadPoolExecutor(_STOPPED_AT_ONCE) as pool:
         failures = list(pool.map(partial(_stop_one, services.manager), chosen))
@@ -72,12 +74,14 @@ def _active(queries: SessionQueries, user_name: str | None, model: str | None) -
 def _stop_one(manager: StreamSessionManager, session_id: UUID) -> bool:
     """Stop one stream and say what came of it; whether that failed."""
     from webapp.cli.failures import explain
+    from webapp.errors import Unavailable
     from webapp.streams.lifecycle import TerminationReason
 
     try:
         receipt = manager.terminate(session_id, TerminationReason.ADMIN)
     except Exception as error:
-        click.echo(f"sluicegate: {session_id}: {explain(error)}", err=True)
+        later = f" ({error.detail})" if isinstance(error, Unavailable) and "recorded" in error.detail else ""
+        click.echo(f"sluicegate: {session_id}: {explain(error)}{later}", err=True)
         return True
     click.echo(_outcome(receipt))
     return False

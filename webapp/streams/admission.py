@@ -112,7 +112,12 @@ class Admission:
             raise busy(active)
         message = s.get_one(Message, old.message_id, populate_existing=True, with_for_update=True)
         if message.replaced_by_id is not None:
-            raise Conflict("This answer was replaced by another; retry that one", messageId=str(message.replaced_by_id))
+            newer = s.get_one(Message, message.replaced_by_id)
+            raise Conflict(
+                "This answer was replaced by another; retry that one's stream",
+                messageId=str(newer.id),
+                sessionId=str(newer.session_id),
+            )
         return old, message
 
     def _repetition(self, old: StreamSession, answer: Message, user_id: UUID) -> StreamSession:
