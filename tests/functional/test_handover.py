@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.functional.ending import assert_ended
 from tests.functional.nodes import Client, Stack
 from tests.functional.text import assert_one_text
+from tests.services import LocalProcess, wait_until
 from tests.upstream import UpstreamProcess, expected_text
 
 MODEL = "pace=40,tokens=200,alphabet=mixed"
@@ -40,6 +42,24 @@ def assert_went_on(stack: Stack, client: Client, sessions: list[dict[str, Any]],
         assert {event.data["attempt"] for event in reader.of("phase")} == {1, 2}
         assert client.stream(session["sessionId"])["attempt"] == 2
         assert_one_text(stack, client, session, client.terminate(session["sessionId"]), [reader])
+
+
+@pytest.mark.parametrize("starting", [Stack.start_web, Stack.start_reaper], ids=["web", "worker"])
+def test_a_process_that_starts_sees_to_what_is_over(
+    stack: Stack, client: Client, starting: Callable[[Stack], LocalProcess]
+) -> None:
+    """Without beat, and without anybody who runs it: what is due ends when the next process starts.
+
+    Before the tests that start a reaper and beat.
+    """
+    stack.worker.container.process.kill()
+    session = client.post_message("go on", timeouts={"queueSeconds": 0.5})
+    since = time.monotonic()
+    wait_until(lambda: time.monotonic() > since + 1, 5)
+    assert client.stream(session["sessionId"])["status"] == "ACTIVE"
+    process = starting(stack)
+    wait_until(lambda: "reaper.pass" in process.log_since_start(), 15)  # to its end: a kill would leave its lock
+    assert client.stream(session["sessionId"])["reason"] == "queue_timeout"
 
 
 def test_a_worker_that_is_asked_to_stop(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
