@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -73,6 +74,7 @@ def _prepare(sender: Any, **_: object) -> None:
 
     own = runtime()  # made here and now: two tasks at once would make two
     own.report_alive(sender.hostname)
+    atexit.register(own.wait_given_up)
 
     def drain() -> None:
         try:

@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 DRAIN_POLL_SECONDS: Final = 0.05
 SEND_BACK_SECONDS: Final = 0.5
+GIVE_UP_SECONDS: Final = 5.0
 
 
 class Runtime:
@@ -98,6 +99,7 @@ class Runtime:
                 if str(generation.session_id) in worker_state.revoked:
                     generation.stop(TerminationReason.REVOKED)
                 else:
+                    self.draining = True  # or this worker would take again what it has just given up
                     generation.hand_over()
         run.get(block=False)  # raises what the run raised
 
@@ -113,6 +115,12 @@ class Runtime:
         while self.table:
             gevent.sleep(DRAIN_POLL_SECONDS)
         log.info("worker.drained")
+
+    def wait_given_up(self) -> None:
+        """At the process's exit, which Celery's cold shutdown does not delay: let what is being given up get there."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while self.table and time.monotonic() < deadline:
+            gevent.sleep(DRAIN_POLL_SECONDS)
 
     def on_revoked(self, task_id: str) -> None:
         """Celery has dropped or killed a task: its session ends as `revoked`, unless it has ended already.

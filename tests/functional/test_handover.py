@@ -71,7 +71,12 @@ def test_a_worker_that_is_asked_to_stop(stack: Stack, client: Client, upstream: 
 
 
 def test_a_worker_that_is_told_to_leave_at_once(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
-    """SIGQUIT kills its tasks, which nobody means as the end of their streams."""
+    """SIGQUIT kills its tasks, which nobody means as the end of their streams.
+
+    What it has no time to give up is taken for lost, and found by the reaper.
+    """
+    stack.start_reaper()
+    stack.start_beat()
     sessions, readers = begin(client)
     stack.start_worker()
     stack.worker.container.kill("SIGQUIT")
