@@ -31,6 +31,7 @@ from webapp.streams.log import TokenLog
 from webapp.streams.manager import StreamSessionManager
 from webapp.streams.queries import SessionQueries
 from webapp.streams.recovery import Reaper
+from webapp.streams.timing import Timeouts
 from webapp.tracing import configure_tracing
 from webapp.upstream import Upstream
 
@@ -141,8 +142,8 @@ def _watched_for(settings: Settings) -> timedelta:
 
 
 def make_token_log(client: redis.Redis, settings: Settings) -> TokenLog:
-    """The token log over a client; a live log's TTL is the longest that a session can last, and some slack."""
-    live_seconds = int(settings.queue_timeout_seconds + settings.max_duration_seconds) + settings.log_slack_seconds
+    """The token log over a client."""
+    live_seconds = Timeouts.of(settings).live_seconds(settings)
     return TokenLog(client, live_seconds=live_seconds, retention_seconds=settings.log_retention_seconds)
 
 

@@ -228,7 +228,7 @@ class Generation:
         return answer
 
     def _open_at(self, token_log: TokenLog) -> Answer:
-        live_seconds = int(self._timeouts.longest_life_seconds) + self._ports.settings.log_slack_seconds
+        live_seconds = self._timeouts.live_seconds(self._ports.settings)
         return token_log.open(self.session_id, self.epoch, self.owner, live_seconds=live_seconds)
 
     def _patiently(self, step: str, action: Callable[[], Any]) -> Any:

@@ -75,7 +75,7 @@ class Admission:
             raise Conflict(
                 "This answer was gone on with already; continue its latest stream", sessionId=str(message.session_id)
             )
-        row = self._repetition(old, message, rerun.user_id)
+        row = _repetition(old, message, rerun.user_id)
         row.checkpoint = message.thinking + message.content
         row.checkpoint_length = len(row.checkpoint)
         row.checkpoint_thinking_length = len(message.thinking)
@@ -98,7 +98,7 @@ class Admission:
         s.add(answer)
         s.flush()
         message.replaced_by_id = answer.id
-        row = self._repetition(old, answer, rerun.user_id)
+        row = _repetition(old, answer, rerun.user_id)
         return self._begin(s, row, answer, Timeouts.of_session(old, self._settings), rerun.request_key)
 
     def _ended(self, s: Session, rerun: Rerun) -> tuple[StreamSession, Message]:
@@ -119,18 +119,6 @@ class Admission:
                 sessionId=str(newer.session_id),
             )
         return old, message
-
-    def _repetition(self, old: StreamSession, answer: Message, user_id: UUID) -> StreamSession:
-        return StreamSession(
-            conversation_id=old.conversation_id,
-            message_id=answer.id,
-            user_id=user_id,
-            model=old.model,
-            options=old.options,
-            think=old.think,
-            keep_alive=old.keep_alive,
-            on_disconnect=old.on_disconnect,
-        )
 
     def _begin(
         self, s: Session, row: StreamSession, answer: Message, timeouts: Timeouts, key: RequestKey | None
@@ -194,4 +182,17 @@ def _answer(conversation_id: UUID, model: str) -> Message:
         role=MessageRole.ASSISTANT,
         model=model,
         status=StreamStatus.ACTIVE,
+    )
+
+
+def _repetition(old: StreamSession, answer: Message, user_id: UUID) -> StreamSession:
+    return StreamSession(
+        conversation_id=old.conversation_id,
+        message_id=answer.id,
+        user_id=user_id,
+        model=old.model,
+        options=old.options,
+        think=old.think,
+        keep_alive=old.keep_alive,
+        on_disconnect=old.on_disconnect,
     )

@@ -234,12 +234,6 @@ class StreamHub:
         return all(thread.is_alive() for thread in self._threads)
 
     @property
-    def readers(self) -> int:
-        """How many readers this process serves."""
-        with self._lock:
-            return self._watching.total()
-
-    @property
     def followed(self) -> int:
         """How many logs are followed."""
         return len(self._channels)

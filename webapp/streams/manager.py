@@ -113,7 +113,7 @@ class StreamSessionManager:
 
     def _open(self, row: StreamSession) -> None:
         """Make the log; one that goes on with a message opens with what that message has."""
-        self._log.open(row.id, row.epoch, live_seconds=self._live_seconds(row))
+        self._log.open(row.id, row.epoch, live_seconds=self._timeouts(row).live_seconds(self._settings))
         cut, text = row.checkpoint_thinking_length, row.checkpoint
         thinking, content = text[:cut], text[cut:]
         pieces = [(THINKING, 0, thinking), (MESSAGE, len(thinking), content)]
@@ -121,9 +121,6 @@ class StreamSessionManager:
 
     def _timeouts(self, row: StreamSession) -> Timeouts:
         return Timeouts.of_session(row, self._settings)
-
-    def _live_seconds(self, row: StreamSession) -> int:
-        return int(self._timeouts(row).longest_life_seconds) + self._settings.log_slack_seconds
 
     def repeated(self, request: RequestKey) -> SessionView | None:
         """The session that an earlier request with the same key began, if there was one.
@@ -269,7 +266,7 @@ class StreamSessionManager:
         answer = self._log.fence(row.id, reason)
         if answer.verdict is Verdict.ABSENT:
             self._require_no_owner(row)
-            self._log.open(row.id, row.epoch, live_seconds=self._live_seconds(row))
+            self._log.open(row.id, row.epoch, live_seconds=self._timeouts(row).live_seconds(self._settings))
             answer = self._log.fence(row.id, reason)
         if not answer.fenced:
             return None

@@ -165,13 +165,12 @@ def reap_alone(reaper: Reaper, client: redis.Redis) -> None:
             began_at = time.monotonic()
             done = reaper.reap()
             metrics.reaped(done, time.monotonic() - began_at)
+            if done:
+                log.info("reaper.pass", **done)
     except LockError:
-        return
+        return  # another's pass; or, at this one's end, the lock has lapsed
     except (RedisError, Unavailable) as error:
         log.warning("reaper.skipped", error=str(error))
-        return
-    if done:
-        log.info("reaper.pass", **done)
 
 
 def _is_due(row: StreamSession, long_since: datetime) -> bool:

@@ -51,10 +51,9 @@ class Timeouts:
         """These, with `others` in place of those of the same name."""
         return replace(self, **others)
 
-    @property
-    def longest_life_seconds(self) -> float:
-        """The longest that a session can be ACTIVE."""
-        return self.queue_seconds + self.max_duration_seconds
+    def live_seconds(self, settings: Settings) -> int:
+        """A live log's TTL: the longest that the session can be ACTIVE, and some slack."""
+        return int(self.queue_seconds + self.max_duration_seconds) + settings.log_slack_seconds
 
     def due_in_queue(self, moment: datetime, claimed_at: datetime | None = None) -> Due:
         """Of a session that begins to wait for a worker; `claimed_at`: when it first had one."""
