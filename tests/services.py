@@ -431,6 +431,8 @@ class ValkeyServer(LocalProcess):
             "--save": "",
             "--dir": str(directory),
             "--appendonly": "yes" if append_only else "no",
+            # A write is with the kernel before it is acknowledged; `everysec` puts it off for as long as it syncs.
+            "--appendfsync": "no",
             "--maxmemory-policy": "noeviction",
         }
         command = [valkey_binary(), *(word for option in options.items() for word in option)]
@@ -580,6 +582,22 @@ class PostgresServer(LocalProcess):
 
         with psycopg.connect(self._connection_string(), autocommit=True) as connection:
             connection.execute(statement.encode())
+
+    def pause(self) -> None:
+        """Freeze it, with the processes that serve its clients: the kernel still accepts connections for it."""
+        for process in self._everyone():
+            with contextlib.suppress(psutil.NoSuchProcess):  # one client's process may end at any moment
+                process.suspend()
+
+    def resume(self) -> None:
+        for process in self._everyone():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def _everyone(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [psutil.Process(self.pid), *self._descendants()] if self.running else []
+        return []
 
     def stop(self, timeout_seconds: float = 10.0, number: int = signal.SIGINT) -> int:
         """End it; by default with SIGINT, its fast shutdown, for SIGTERM waits until every client has gone."""

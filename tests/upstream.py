@@ -31,7 +31,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from tests.services import HOST, LocalProcess, free_port, wait_until
 
@@ -41,7 +41,9 @@ VERSION = "0.12.6"
 MIXED = ("é", "e\u0301\u0323", "👩‍👩‍👧‍👦", "🇮🇸", "שָׁלוֹם", "مرحبا", "𝔘", "❤\ufe0f", "한글", "漢字", "n\u0303", "\u200b")
 UNWANTED = re.compile("[\0\ud800-\udfff]")
 
-Fault = Literal["error", "reset", "close", "malformed"]
+Fault = Literal["error", "reset", "close", "malformed", "bad_chunk", "endless_line", "flood"]
+FAULTS: frozenset[str] = frozenset(get_args(Fault))
+REFUSALS = ("json", "html", "empty", "huge", "stalled")
 Answer = TypeVar("Answer")
 
 
@@ -60,7 +62,7 @@ class ExpectedText(NamedTuple):
 class Step:
     """One thing that the server does: say a piece of text, be silent, or fail."""
 
-    kind: Literal["thinking", "content", "rest", "silence", "error", "reset", "close", "malformed"]
+    kind: Literal["thinking", "content", "rest", "silence", "half"] | Fault
     text: str = ""
     seconds: float = 0.0
 
@@ -79,14 +81,26 @@ class Script:
     silence_at: Mapping[int, float] = field(default_factory=dict)  # INDEX:SECONDS, several joined by "+"
     done_reason: str = "stop"
     end_without_done: bool = False  # a proper end of the body, but no `done` line
-    http_status: int = 200  # any other: that answer, with {"error": …}
+    http_status: int = 200  # any other: that answer; 3xx points to this very place
+    refusal: str = (
+        "json"  # what comes with it: {"error": …}, html, empty, huge (without end), stalled (after some of it)
+    )
+    head_byte_seconds: float = 0.0  # between two bytes of the head
+    head_lines: int = 0  # more than a head has
+    after_done: bool = False  # `done` is followed by a token and by another `done`
+    closes_late: bool = False  # after `done` nothing comes any more, not even the body's end, until the client leaves
     error_at: int | None = None  # a line {"error": …}, then the end
     reset_at: int | None = None  # TCP RST
     close_at: int | None = None  # FIN in the middle of the body
     malformed_at: int | None = None  # a line that is not JSON; then it goes on
+    half_at: int | None = None  # the token's line comes in two parts, cut in a character; the other words come between
+    bad_chunk_at: int | None = None  # a chunk whose size is no number; then the end
+    endless_line_at: int | None = None  # a line that goes on for as long as the client stays
+    flood_at: int | None = None  # lines that say nothing, without a pause, for as long as the client stays
     late_thinking_at: int | None = None  # a piece of thinking between the content
     nul_at: int | None = None  # the token holds U+0000
     surrogate_at: int | None = None  # the token holds a lone surrogate
+    invalid_at: int | None = None  # the token holds a byte that is not UTF-8
     width: int = 0  # characters that a content token has at least
     long_line_at: tuple[int, int] | None = None  # INDEX:BYTES, the length of that token
     split_bytes: int = 0  # every line is sent in chunks of so many bytes; 0: whole
@@ -117,6 +131,8 @@ class Script:
             text += "\0"
         if index == self.surrogate_at:
             text += "\ud800"
+        if index == self.invalid_at:
+            text += "\udcc3("  # the first byte of a character, and no second
         if self.long_line_at and index == self.long_line_at[0]:
             text = text.ljust(self.long_line_at[1] - 1, "x")
         return text.ljust(self.width - 1, "x") + " "
@@ -161,6 +177,8 @@ class Script:
                 yield Step("content", self.token(index))
 
     def _events_before(self, index: int) -> Iterator[Step]:
+        if index == self.half_at:
+            yield Step("half", self.token(index))
         if seconds := self.silence_at.get(index):
             yield Step("silence", seconds=seconds)
         if index == self.late_thinking_at:
@@ -169,6 +187,9 @@ class Script:
             yield Step("malformed", '{"model":"broken","message":{"content":')
         if index == self.error_at:
             yield Step("error", f"scripted error at {index}")
+        for kind in ("bad_chunk", "endless_line", "flood"):
+            if index == getattr(self, f"{kind}_at"):
+                yield Step(kind)
         if index == self.reset_at:
             yield Step("reset")
         if index == self.close_at:
@@ -191,6 +212,16 @@ def _alphabet(text: str) -> str:
     return text
 
 
+def _refusal(text: str) -> str:
+    if text not in REFUSALS:
+        raise ValueError(f"refusal is one of {', '.join(REFUSALS)}")
+    return text
+
+
+def _flag(text: str) -> bool:
+    return text == "1"
+
+
 _READERS: dict[str, Callable[[str], Any]] = {
     "name": str,
     "done_reason": str,
@@ -200,7 +231,11 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "first_token_silence": float,
     "silence_at": _index_and_seconds,
     "long_line_at": _index_and_bytes,
-    "end_without_done": lambda text: text == "1",
+    "refusal": _refusal,
+    "head_byte_seconds": float,
+    "end_without_done": _flag,
+    "after_done": _flag,
+    "closes_late": _flag,
 }
 
 
@@ -213,7 +248,7 @@ def expected_text(model: str) -> ExpectedText:
     """What one undisturbed reading of a model's answer must be saved as, up to its first fault."""
     thinking, content = [], []
     for step in Script.parse(model).steps():
-        if step.kind in ("error", "reset", "close", "malformed"):
+        if step.kind in FAULTS:
             break
         if step.kind == "content":
             content.append(step.text)
@@ -372,6 +407,7 @@ class _Chat:
         self._writer = writer
         self._next_token_due = 0.0
         self._unpaced_tokens = 0
+        self._owed = b""  # the second half of a line
 
     def client_left(self) -> None:
         """Note the disconnect, now."""
@@ -394,18 +430,35 @@ class _Chat:
             return self._refuse(404, "model 'unknown' not found")
         await asyncio.sleep(self.script.load_seconds)
         if self.script.http_status != 200:
-            return self._refuse(self.script.http_status, f"scripted status {self.script.http_status}")
-        self._send(_HEAD)
+            return await self._refuse_as_scripted()
+        await self._send_head()
         self.record.headers_sent_at = time.time()
         await asyncio.sleep(self.script.first_token_silence)
         self._next_token_due = time.monotonic()
         reason = await self._say_everything()
         if not self.script.end_without_done and reason:
-            self._line(self._done(reason))
+            await self._finish(reason)
         self._send(b"0\r\n\r\n")
         await self._writer.drain()
         self._end("completed" if reason else "fault")
         return True
+
+    async def _send_head(self) -> None:
+        head = _HEAD[:-2] + b"X-More: 1\r\n" * self.script.head_lines + b"\r\n"
+        if not self.script.head_byte_seconds:
+            return self._send(head)
+        for byte in head:
+            self._send(bytes([byte]))
+            await asyncio.sleep(self.script.head_byte_seconds)
+        return None
+
+    async def _finish(self, reason: str) -> None:
+        self._line(self._done(reason))
+        if self.script.after_done:
+            self._line(self._message(Step("content", "after the end ")))
+            self._line(self._done(reason))
+        if self.script.closes_late:
+            await asyncio.Event().wait()
 
     async def _say_everything(self) -> str:
         """Take every step; answers the `done_reason`, or nothing where an error line was the end."""
@@ -430,6 +483,19 @@ class _Chat:
                 self._next_token_due = time.monotonic()
             case "malformed":
                 self._chunks(step.text.encode() + b"\n")
+            case "half":
+                line = _encode(self._message(step)) + b"\n"
+                cut = next((index + 1 for index, byte in enumerate(line) if byte > 127), len(line) // 2)
+                self._chunks(line[:cut])
+                self._owed = line[cut:]
+            case "bad_chunk":
+                self._send(b"zz\r\n")
+                await self._abort(step.kind)
+            case "endless_line":
+                self._chunks(b'{"message":{"content":"')
+                await self._for_ever(b"x" * 65_536)
+            case "flood":
+                await self._for_ever(b"{}\n" * 20_000)
             case "reset" | "close":
                 await self._abort(step.kind)
             case _:
@@ -437,7 +503,11 @@ class _Chat:
 
     async def _say(self, step: Step) -> None:
         await self._await_turn()
-        self._line(self._message(step))
+        if self._owed:
+            self._chunks(self._owed)
+            self._owed = b""
+        else:
+            self._line(self._message(step))
         self.record.first_token_at = self.record.first_token_at or time.time()
         if step.kind == "content":
             self.record.tokens_sent += 1
@@ -455,6 +525,13 @@ class _Chat:
         if (wait_seconds := self._next_token_due - time.monotonic()) > 0:
             await asyncio.sleep(wait_seconds)
         self._next_token_due += 1 / self.script.pace
+
+    async def _for_ever(self, data: bytes) -> None:
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        while True:
+            self._send(chunk)
+            await self._writer.drain()
+            await asyncio.sleep(0)  # a drain that need not wait gives nobody else a turn
 
     async def _abort(self, kind: str) -> None:
         await self._writer.drain()
@@ -506,6 +583,24 @@ class _Chat:
         self._end("fault")
         return _reply(self._writer, status, {"error": error})
 
+    async def _refuse_as_scripted(self) -> bool:
+        status, error = self.script.http_status, f"scripted status {self.script.http_status}"
+        if self.script.refusal == "json" and not 300 <= status < 400:
+            return self._refuse(status, error)
+        endless = self.script.refusal in ("huge", "stalled")
+        body = {"html": f"<h1>{error}</h1>", "empty": ""}.get(self.script.refusal, error).encode()
+        size_bytes = 10**12 if endless else len(body)
+        self._send(b"HTTP/1.1 %d Scripted\r\nLocation: /api/chat\r\nContent-Length: %d\r\n\r\n" % (status, size_bytes))
+        self._send(body)
+        while endless:
+            if self.script.refusal == "stalled":
+                await asyncio.Event().wait()
+            self._send(b"x" * 65_536)
+            await self._writer.drain()
+            await asyncio.sleep(0)
+        self._end("fault")
+        return True
+
     def _end(self, outcome: Literal["completed", "disconnected", "fault"]) -> None:
         if self.record.outcome is None:
             self.record.outcome, self.record.ended_at = outcome, time.time()
@@ -546,7 +641,7 @@ _WITH_ESCAPES = json.JSONEncoder(separators=(",", ":"))
 
 def _encode(value: dict[str, Any]) -> bytes:
     try:
-        return _WITH_UTF8.encode(value).encode()
+        return _WITH_UTF8.encode(value).encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # a lone surrogate has no UTF-8; JSON can still escape it
         return _WITH_ESCAPES.encode(value).encode()
 

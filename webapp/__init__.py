@@ -3,7 +3,7 @@
 What each room is:
 
 - `config` is the only reader of the environment, `errors` the one tree of errors, `views` what callers are
-  shown. `models` are the tables, `database` the one way to them.
+  shown. `models` are the tables, `database` the one way to them, within a `deadline`; `postgres` is how it waits.
 - `streams/` is the heart: how a session begins, is written, followed, stopped and ended. It knows neither HTTP
   nor Celery.
 - `queue` is the Celery instance, and the queue as the heart sees it. `upstream` asks the model's server what it offers.
@@ -30,5 +30,5 @@ In which order to read:
 7. `streams/recovery.py`: what is done about whatever is over or went wrong.
 8. `calls.py`, then `rest/streams.py`: how little is left for HTTP.
 
-`docs/architecture.md` has the glossary, the diagrams and the table of races.
+`docs/architecture.md` has the glossary and the diagrams, `docs/reliability.md` every fault and every race.
 """

@@ -156,7 +156,7 @@ class Accounts:
             with suppress(Unavailable):
                 where = (User.id == user.id) & User.token_used_at.is_not_distinct_from(user.token_used_at)
                 statement = update(User).where(where).values(token_used_at=moment)
-                self._database.write(lambda s: s.execute(statement), busy_limit_seconds=0)
+                self._database.write(lambda s: s.execute(statement), busy_seconds=0)
 
 
 def cookie_stamp(token_hash: str) -> str:

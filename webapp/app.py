@@ -44,6 +44,8 @@ class Services:
     database: Database
     redis: redis.Redis
     log: TokenLog
+    views_log: TokenLog
+    """Of a client that is quick to give up."""
     celery: Celery
     queue: CeleryQueue
     manager: StreamSessionManager
@@ -90,11 +92,13 @@ def make_services(settings: Settings) -> Services:
 def _wire(app: Flask, settings: Settings) -> Services:
     configure_database(app, settings)
     configure_migrations(app)
-    database = open_database(app)
+    database = open_database(app, settings)
     client = make_redis(settings)
     token_log = make_token_log(client, settings)
     celery = make_celery(settings, publisher=True, set_as_current=False)
-    queries = SessionQueries(database, token_log)
+    # What is only shown does without Redis rather than wait for it.
+    views_log = make_token_log(make_hurried_redis(settings), settings)
+    queries = SessionQueries(database, views_log)
     queue = CeleryQueue(celery)
     manager = StreamSessionManager(database, token_log, queue, settings, queries)
     hub_client = make_redis(settings)  # of its own, so that it never waits behind requests
@@ -115,6 +119,7 @@ def _wire(app: Flask, settings: Settings) -> Services:
         database=database,
         redis=client,
         log=token_log,
+        views_log=views_log,
         celery=celery,
         queue=queue,
         manager=manager,

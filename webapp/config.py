@@ -8,6 +8,7 @@ terminal finds the embedded Valkey and the demo model.
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +59,7 @@ class Settings(BaseSettings):
     default_model: str = Field("", description="model where a request names none; empty: the upstream's first")
     upstream_connect_timeout_seconds: float = Field(10, gt=0, description="to open a connection to the upstream")
     upstream_line_limit_bytes: int = Field(1_048_576, ge=1024, description="longest line taken from the upstream")
+    answer_limit_characters: int = Field(5_000_000, ge=1, description="code points taken of one answer of the upstream")
     history_limit_characters: int = Field(100_000, ge=0, description="code points of history sent to the model")
     keep_alive: str = Field("", description="how long the upstream keeps a model loaded; empty: its own default")
 
@@ -79,7 +81,10 @@ class Settings(BaseSettings):
     on_worker_lost: Literal["continue", "keep"] = Field(
         "continue", description="go on elsewhere, or commit the partial"
     )
-    max_attempts: int = Field(5, ge=1, description="workers that may try one session before it ends as worker_lost")
+    on_worker_lost_keep_models: str = Field(
+        "", description="models whose partial is committed all the same: patterns with * and ?, separated by commas"
+    )
+    max_attempts: int = Field(5, ge=1, description="workers that one session may lose before it ends as worker_lost")
     drain_seconds: float = Field(30, ge=0, description="a stopping worker's grace for its running streams")
 
     # Time-outs, each the reason of its name
@@ -92,6 +97,14 @@ class Settings(BaseSettings):
         "continue", description="what becomes of a stream that nobody watches, where a request does not say"
     )
     request_timeout_cap_seconds: float = Field(7200, gt=0, description="longest time-out that a request may ask for")
+
+    # The database
+    database_timeout_seconds: float = Field(
+        10, ge=2.5, description="that one transaction may take before the database counts as unreachable"
+    )
+    database_busy_seconds: float = Field(
+        15, ge=0, description="that a transaction is tried again while others are in its way, or SQLite is locked"
+    )
 
     # Retention
     session_retention_days: float = Field(30, gt=0, description="that the row of an ended session is kept")
@@ -225,6 +238,11 @@ class Settings(BaseSettings):
             return self.public_url.rstrip("/")
         host = "127.0.0.1" if self.host in _EVERY_ADDRESS else self.host
         return f"http://{host}:{self.port}"
+
+    def goes_on_elsewhere(self, model: str) -> bool:
+        """Whether another worker goes on with this model's answers where theirs is lost, or stops."""
+        patterns = (one.strip() for one in self.on_worker_lost_keep_models.split(","))
+        return self.on_worker_lost == "continue" and not any(fnmatchcase(model, one) for one in patterns)
 
     def masked(self) -> dict[str, Any]:
         """Field name to effective value, with passwords and keys replaced by `***`."""

@@ -2,6 +2,9 @@
 
 A unit of work is a function of a session. It is run whole or not at all, and may be run again
 when the database was only busy, so it must not do anything outside the database.
+
+It has a time limit. A database that does not answer by then is as good as one that is down: the
+connection is closed, and the caller told so; the transaction is whole or not there all the same.
 """
 
 from __future__ import annotations
@@ -12,64 +15,106 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+import structlog
 from flask import Flask
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, QueuePool, event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from webapp.config import Settings
+from webapp.deadline import seconds_left, within
 from webapp.errors import Unavailable
+from webapp.logs import brief
 from webapp.models import db
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-BUSY_LIMIT_SECONDS: Final = 15.0
-"""How long work is tried again while the database is only busy."""
+PING_SECONDS: Final = 2.5
+POOL_SECONDS: Final = 30.0
+"""That whoever has no deadline waits for a connection."""
+LOG_PAUSE_SECONDS: Final = 10.0
+"""Between two lines that say what is wrong with the database."""
 _RETRIED_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})  # serialisation, deadlock, lock not available
+# A standby, and a server that has closed a transaction because nothing was heard: psycopg calls both internal errors.
+_UNAVAILABLE_SQLSTATES: Final = frozenset({"25006", "25P03"})
 
 
 class Database:
     """Runs units of work; retries what is only busy; maps what is down to `Unavailable`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
+        self._timeout_seconds = settings.database_timeout_seconds
+        self._busy_seconds = settings.database_busy_seconds
         self._sessions = sessionmaker(engine, expire_on_commit=False)
+        self._said_at = -LOG_PAUSE_SECONDS
 
     def read(self, work: Callable[[Session], T]) -> T:
         """Run work that writes nothing.
 
         Raises:
-            Unavailable: the database cannot be reached, or stayed busy.
+            Unavailable: the database cannot be reached, did not answer in time, or stayed busy.
         """
-        return self._run(work, write=False, busy_limit_seconds=BUSY_LIMIT_SECONDS)
+        return self._run(work, write=False, busy_seconds=self._busy_seconds)
 
-    def write(self, work: Callable[[Session], T], *, busy_limit_seconds: float = BUSY_LIMIT_SECONDS) -> T:
-        """Run work in one transaction and commit it; a busy database is tried again for `busy_limit_seconds`.
+    def write(self, work: Callable[[Session], T], *, busy_seconds: float | None = None) -> T:
+        """Run work in one transaction and commit it; a busy database is tried again for `busy_seconds`, by default
+        the setting's.
 
         Raises:
-            Unavailable: as for `read`; nothing was written, or (where the connection broke during
-                the commit) it is not known whether it was.
+            Unavailable: as for `read`; nothing was written, or (where the connection broke, or no
+                answer came, during the commit) it is not known whether it was.
         """
-        return self._run(work, write=True, busy_limit_seconds=busy_limit_seconds)
+        return self._run(work, write=True, busy_seconds=self._busy_seconds if busy_seconds is None else busy_seconds)
 
-    def _run(self, work: Callable[[Session], T], *, write: bool, busy_limit_seconds: float) -> T:
-        deadline = time.monotonic() + busy_limit_seconds
+    def _run(
+        self,
+        work: Callable[[Session], T],
+        *,
+        write: bool,
+        busy_seconds: float,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        busy_until = time.monotonic() + busy_seconds
         pause_seconds = 0.001
         while True:
+            worked = False
             try:
-                with self._sessions.begin() as session:
+                with within(timeout_seconds or self._timeout_seconds), self._sessions.begin() as session:
                     session.connection(execution_options={"sluicegate_write": write})
-                    return work(session)
-            except (OperationalError, InterfaceError, PoolTimeout) as error:
-                if not _is_busy(error) or time.monotonic() > deadline:
-                    raise Unavailable("The database cannot be reached or is busy; try again") from error
+                    result = work(session)
+                    worked = True
+                return result
+            except (DBAPIError, PoolTimeout) as error:
+                if not _is_unavailable(error):
+                    raise
+                if not is_busy(error) or time.monotonic() > busy_until:
+                    self._say(error)
+                    raise _unavailable(in_doubt=write and worked and not is_busy(error)) from error
             time.sleep(pause_seconds * random.uniform(0.5, 1.5))  # noqa: S311 - spreads the tries, no secret
             pause_seconds = min(pause_seconds * 2, 0.05)
 
+    def _say(self, error: Exception) -> None:
+        """Callers are told only that the database is not there; whoever operates it is to know why."""
+        if time.monotonic() - self._said_at >= LOG_PAUSE_SECONDS:
+            self._said_at = time.monotonic()
+            log.warning("database.unavailable", error=brief(getattr(error, "orig", None) or error))
+
     def ping(self) -> None:
-        """Raises `Unavailable` where the database does not answer."""
-        self.read(lambda session: session.execute(text("SELECT 1")))
+        """Raises `Unavailable` where the database does not answer within `PING_SECONDS`, or nothing can be written."""
+        self._run(_require_writable, write=True, busy_seconds=PING_SECONDS, timeout_seconds=PING_SECONDS)
+
+
+class _Pool(QueuePool):
+    """Waits for a connection no longer than its caller may."""
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        self._timeout = min(seconds_left(), POOL_SECONDS)
+        return super()._do_get()
 
 
 def configure_database(app: Flask, settings: Settings) -> None:
@@ -83,19 +128,23 @@ def configure_database(app: Flask, settings: Settings) -> None:
         if sqlite
         else {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 20, "connect_args": {"connect_timeout": 5}}
     )
-    # The texts are among them, and an error's message is logged.
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | {"hide_parameters": True}
+    # The texts are among the parameters, and an error's message is logged.
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | {"hide_parameters": True, "poolclass": _Pool}
     db.init_app(app)
 
 
-def open_database(app: Flask) -> Database:
+def open_database(app: Flask, settings: Settings) -> Database:
     """The database of an application whose tables are bound."""
     with app.app_context():
         engine = db.engine
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _on_sqlite_connect)
         event.listen(engine, "begin", _on_sqlite_begin)
-    return Database(engine)
+    elif engine.dialect.driver == "psycopg":
+        from webapp.postgres import limit_waits  # psycopg takes its time, and SQLite does without
+
+        limit_waits(engine, settings.database_timeout_seconds)
+    return Database(engine, settings)
 
 
 def _on_sqlite_connect(connection: Any, _: Any) -> None:
@@ -112,13 +161,40 @@ def _on_sqlite_begin(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
-def _is_busy(error: Exception) -> bool:
+def is_busy(error: BaseException) -> bool:
+    """Whether this is the database saying that others are in the way, and that nothing was done."""
     if not isinstance(error, DBAPIError):
         return False
     original = error.orig
     if isinstance(original, sqlite3.OperationalError):
         return "locked" in str(original) or "busy" in str(original)
-    return getattr(original, "sqlstate", None) in _RETRIED_SQLSTATES
+    return _sqlstate(error) in _RETRIED_SQLSTATES
+
+
+def _is_unavailable(error: DBAPIError | PoolTimeout) -> bool:
+    """Whether it is the database's trouble, and not that of what it was asked."""
+    if isinstance(error, (OperationalError, InterfaceError, PoolTimeout)):
+        return True
+    return error.connection_invalidated or _sqlstate(error) in _UNAVAILABLE_SQLSTATES
+
+
+def _sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)
+
+
+def _unavailable(*, in_doubt: bool) -> Unavailable:
+    if in_doubt:
+        return Unavailable("The database did not say whether this was written; look, or repeat it")
+    return Unavailable("The database cannot be reached or is busy; try again")
+
+
+def _require_writable(session: Session) -> None:
+    if session.get_bind().dialect.name == "postgresql":
+        if session.scalar(text("SHOW transaction_read_only")) == "on":
+            raise Unavailable("The database is read-only")
+    else:
+        session.execute(text("PRAGMA user_version = 1"))  # of no use to us; the file's first page
+        session.rollback()
 
 
 def _patched() -> bool:

@@ -94,7 +94,7 @@ class TooManyRequests(SluicegateError):
 
 
 class Unavailable(SluicegateError):
-    """A dependency is down or the queue is full; nothing was written."""
+    """A dependency is down or the queue is full; nothing was written, unless `detail` says that it is not known."""
 
     code, status, title = "unavailable", 503, "Temporarily unavailable"
 

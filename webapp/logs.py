@@ -21,7 +21,7 @@ from webapp.config import Settings
 
 log = structlog.get_logger(__name__)
 
-_NOISY: Final = ("alembic.runtime.plugins", "celery.beat", "celery.worker.strategy", "urllib3")
+_NOISY: Final = ("alembic.runtime.plugins", "celery.beat", "celery.worker.strategy", "urllib3", "webapp.database._Pool")
 # These put into words what they were given: a task's error, a query's variables. What of it is ours to say, we say.
 _INDISCREET: Final = ("celery.app.trace", "strawberry.execution")
 # Servers that bring handlers of their own.
@@ -96,6 +96,9 @@ def _log_failed_thread(failure: threading.ExceptHookArgs) -> None:
 
 def _log_failed_greenlet(hub: object, context: object, kind: type, error: BaseException | None, frames: Any) -> None:
     """What gevent would print, in whatever words the error has; it may be told of an error without the error."""
+    if isinstance(error, BaseException) and any(base.__name__ == "RedisError" for base in type(error).__mro__):
+        log.warning("greenlet.lost_redis", error=brief(error))  # Celery's, which starts it again when Redis is back
+        return
     log.error("greenlet.failed", exc_info=error if isinstance(error, BaseException) else None, kind=kind.__name__)
 
 

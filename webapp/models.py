@@ -222,6 +222,7 @@ class StreamSession(db.Model):  # type: ignore[name-defined]
     # Who owns it
     epoch: Mapped[int] = mapped_column(Integer, default=0)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    losses: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
     owner: Mapped[str | None] = mapped_column(String(200))
     requeue_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     claimed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)

@@ -6,12 +6,19 @@ Tasks are named by string: webapp never imports workers.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import redis
 from celery import Celery
+from celery.app.amqp import AMQP
+from celery.app.control import Control
+from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.pidbox import Mailbox
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -26,20 +33,72 @@ REAP_TASK: Final = "sluicegate.reap"
 STOP_COMMAND: Final = "stop_stream"
 GENERATE_QUEUE: Final = "generate"
 MAINTENANCE_QUEUE: Final = "maintenance"
-REAP_INTERVAL_SECONDS: Final = 2.0
+REAP_INTERVAL_SECONDS: Final = 1.0
 WORKER_FRESH_SECONDS: Final = 5
 WORKER_TTL_SECONDS: Final = 60
 
 
+ANSWER_SECONDS: Final = 2.0
+"""After which a Redis that does not answer is as good as one that is down; longer than any read here blocks."""
+_CONSUMER_ANSWER_SECONDS: Final = 5.0
+_HEALTH_CHECK_SECONDS: Final = 10
+_RECONNECT_SECONDS: Final = 1.0
+
 # What a publisher cannot say at once is made good by the reaper, or by the worker's next renewal of its lease.
 _PUBLISHER_PATIENCE: Final = {"max_retries": 0, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.2}
+# Without a limit kombu waits for ever for a broker that is there and says nothing. It is not BRPOP that is limited:
+# that is read when there is something to read, and looked after by the health check.
+_REDIS_PUBLISHER: Final = {"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS}
+_REDIS_CONSUMER: Final = {
+    "socket_timeout": _CONSUMER_ANSWER_SECONDS,
+    "socket_connect_timeout": ANSWER_SECONDS,
+    "socket_keepalive": True,
+    "health_check_interval": _HEALTH_CHECK_SECONDS,
+}
+
+
+class _Connection(Connection):
+    """Tries a broker that is away every second; Celery's own workers and beat would come to wait 30 s between tries."""
+
+    def ensure_connection(self, *args: Any, **options: Any) -> Any:
+        steady = {"interval_start": _RECONNECT_SECONDS, "interval_step": 0, "interval_max": _RECONNECT_SECONDS}
+        return super().ensure_connection(*args, **steady | options)
+
+
+class _Amqp(AMQP):
+    Connection = _Connection
+
+
+class _Once:
+    """A producer that sends once, whatever it is told."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+
+    def publish(self, *args: Any, **options: Any) -> Any:
+        return self._producer.publish(*args, **options | {"retry": False})
+
+
+class _Mailbox(Mailbox):
+    """Remote control that gives up. kombu's own tries until there is a broker again, and its caller waits for it."""
+
+    @contextmanager
+    def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[_Once]:
+        with super().producer_or_acquire(producer, channel) as found:
+            yield _Once(found)
+
+
+class _Control(Control):
+    Mailbox = _Mailbox
 
 
 def make_celery(settings: Settings, *, publisher: bool = False, **options: Any) -> Celery:
     """The Celery application; `publisher`: for those who only enqueue and nudge, and must not wait for a broker."""
     # Without a broker nothing is accepted, so nothing is enqueued: `StreamSessionManager.start` asks Redis first.
     broker = settings.effective_broker_url if settings.broker_configured else "memory://"
-    app = Celery("sluicegate", broker=broker, **options)
+    if publisher:
+        options["control"] = _Control
+    app = Celery("sluicegate", broker=broker, amqp=_Amqp, **options)
     app.conf.update(
         # JSON only: a pickled message would be code from whoever can reach the broker.
         task_serializer="json",
@@ -73,9 +132,16 @@ def make_celery(settings: Settings, *, publisher: bool = False, **options: Any) 
         beat_schedule_filename=str(settings.data_dir / "beat-schedule"),
         timezone="UTC",
     )
-    if publisher:
-        app.conf.broker_transport_options = _PUBLISHER_PATIENCE
+    app.conf.broker_transport_options = _transport_options(broker, publisher=publisher)
     return app
+
+
+def _transport_options(broker: str, *, publisher: bool) -> dict[str, Any]:
+    """How long to wait for the broker, in the words of its transport; RabbitMQ's would not understand Redis's."""
+    on_redis = urlsplit(broker).scheme.startswith("redis")
+    if publisher:
+        return _PUBLISHER_PATIENCE | (_REDIS_PUBLISHER if on_redis else {})
+    return dict(_REDIS_CONSUMER) if on_redis else {}
 
 
 class CeleryQueue:
@@ -143,8 +209,8 @@ class _NotConfigured(redis.Connection):
 def make_redis(settings: Settings, **options: Any) -> redis.Redis:
     """A client for logs and leases; `options` of a connection go before what is said here.
 
-    The socket time-out is above the longest block of a read (a hub's, 2 s), and short enough to notice
-    a Redis that is gone; redis-py tries a broken connection again by itself, which the verbs allow for.
+    The socket time-out is above the longest block of a read (a second), and short enough to notice a Redis that
+    is there and says nothing; redis-py tries a broken connection again by itself, which the verbs allow for.
     """
     if not settings.redis_url:
         # Commands that do not need Redis work without one.
@@ -154,8 +220,8 @@ def make_redis(settings: Settings, **options: Any) -> redis.Redis:
         "max_connections": settings.worker_concurrency + 100,
         "timeout": 10,
         "protocol": 2,
-        "socket_timeout": 5,
-        "socket_connect_timeout": 2,
+        "socket_timeout": ANSWER_SECONDS,
+        "socket_connect_timeout": ANSWER_SECONDS,
         "health_check_interval": 30,
     }
     pool = redis.BlockingConnectionPool.from_url(settings.effective_redis_url, **usual | options)

@@ -7,7 +7,10 @@ from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import gevent
+import orjson
 import requests
+from urllib3.exceptions import HTTPError
 
 from webapp.config import Settings
 from webapp.errors import Unavailable
@@ -15,6 +18,10 @@ from webapp.views import ModelView
 
 KEPT_SECONDS: Final = 15.0
 TIMEOUT_SECONDS: Final = 3.0
+"""For the whole question, however slowly the answer comes; outside of gevent, for each of its parts."""
+CATALOGUE_LIMIT_BYTES: Final = 4_194_304
+NAME_LIMIT_CHARACTERS: Final = 200
+"""Of a model, as in a request and in the database."""
 
 
 class Upstream:
@@ -29,7 +36,7 @@ class Upstream:
         """What the upstream offers, in its own order.
 
         Raises:
-            Unavailable: it does not answer.
+            Unavailable: it does not answer, or not with a catalogue.
         """
         if time.monotonic() - self._asked_at > KEPT_SECONDS:
             self._models = self._ask()
@@ -50,15 +57,48 @@ class Upstream:
         return models[0].name
 
     def _ask(self) -> list[ModelView]:
-        url = f"{self._settings.ollama_base_url}/api/tags"
         try:
-            with requests.Session() as http:
-                http.trust_env = not is_loopback(url)
-                answer = http.get(url, timeout=TIMEOUT_SECONDS)
-                answer.raise_for_status()
-                return [_model(one) for one in answer.json()["models"]]
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            with gevent.Timeout(TIMEOUT_SECONDS, TimeoutError("the whole answer took too long")):
+                body = _fetch(f"{self._settings.ollama_base_url}/api/tags")
+        except (requests.RequestException, HTTPError, OSError) as error:
             raise Unavailable("The model's server does not answer; is it running?") from error
+        try:
+            return [_model(one) for one in orjson.loads(body)["models"] if _is_model(one)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable("The model's server answered with something that is no list of models") from error
+
+
+class UpstreamSession(requests.Session):
+    """Speaks to the one server that is configured, and to no other that this one points to.
+
+    A redirect would send a conversation to a place that nobody has chosen, and requests would read its whole body.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        # A proxy of the environment is for the world outside.
+        self.trust_env = not is_loopback(url)
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """None: requests looks no further."""
+        return None
+
+
+def _fetch(url: str) -> bytes:
+    """The body of what a GET answers, if that is not too long.
+
+    Raises:
+        Unavailable: it was refused, or is too long.
+    """
+    with UpstreamSession(url) as http:
+        headers = {"Accept-Encoding": "identity"}
+        with http.get(url, stream=True, timeout=TIMEOUT_SECONDS, headers=headers) as answer:
+            if answer.status_code != 200:
+                raise Unavailable(f"The model's server answered {answer.status_code} when it was asked for its models")
+            body: bytes = answer.raw.read(CATALOGUE_LIMIT_BYTES + 1, decode_content=True)
+    if len(body) > CATALOGUE_LIMIT_BYTES:
+        raise Unavailable(f"The model's server sent a list of models of over {CATALOGUE_LIMIT_BYTES} bytes")
+    return body
 
 
 def is_loopback(url: str) -> bool:
@@ -70,5 +110,15 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def _is_model(one: Any) -> bool:
+    """Whether it has a name that a request may name."""
+    name = one.get("name") if isinstance(one, dict) else None
+    return isinstance(name, str) and 0 < len(name) <= NAME_LIMIT_CHARACTERS and name.isprintable()
+
+
 def _model(one: dict[str, Any]) -> ModelView:
-    return ModelView(str(one["name"]), one.get("size"), (one.get("details") or {}).get("family"))
+    """A model of the catalogue; what is said of it in a form that is not Ollama's is as if it were not said."""
+    size, details = one.get("size"), one.get("details")
+    family = details.get("family") if isinstance(details, dict) else None
+    known_size = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63
+    return ModelView(one["name"], size if known_size else None, family if isinstance(family, str) else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from gevent.event import Event
 from redis.exceptions import RedisError
 
 from webapp import metrics
-from webapp.streams.log import Answer, Append, Mark, TokenLog, Verdict
+from webapp.streams.log import Answer, Append, Mark, TokenLog
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +37,8 @@ class Source(Protocol):
     def on_answer(self, operation: Append | Mark, answer: Answer) -> None:
         """What became of one of them."""
 
-    def reopen(self, token_log: TokenLog) -> None:
-        """The state is gone: open it anew, so that all text is sent again."""
+    def rebuild(self, token_log: TokenLog) -> None:
+        """Make its log anew, where that was lost and may be; asked before every flush."""
 
 
 class Flusher:
@@ -69,6 +70,8 @@ class Flusher:
         while True:
             try:
                 self._flush(batch)
+                if not self.healthy:
+                    log.info("flusher.redis_found", sessions=len(batch))
                 self.healthy = True
                 return
             except Exception as error:
@@ -85,6 +88,8 @@ class Flusher:
             self._dirty = {}
 
     def _flush(self, batch: dict[UUID, Source]) -> None:
+        for source in batch.values():
+            self._guarded(source, partial(source.rebuild, self._log))
         work = [(source, operation) for source in batch.values() for operation in source.pending()]
         if not work:
             return
@@ -95,19 +100,17 @@ class Flusher:
         refused: set[UUID] = set()
         for (source, operation), answer in zip(work, answers, strict=True):
             if source.session_id not in refused:  # what follows a refusal was refused because of it
-                self._deliver(source, operation, answer)
+                self._guarded(source, partial(source.on_answer, operation, answer))
                 if not answer.ok:
                     refused.add(source.session_id)
         for source in batch.values():
             if source.pending():
                 self.submit(source)
 
-    def _deliver(self, source: Source, operation: Append | Mark, answer: Answer) -> None:
+    def _guarded(self, source: Source, action: Callable[[], None]) -> None:
         """One session's trouble is its own: an error here must not end the others."""
         try:
-            source.on_answer(operation, answer)
-            if answer.verdict is Verdict.ABSENT:
-                source.reopen(self._log)
+            action()
         except RedisError:
             raise
         except Exception:

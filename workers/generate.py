@@ -9,8 +9,9 @@ takes the fence, and has the manager commit.
 from __future__ import annotations
 
 import contextvars
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -40,6 +41,9 @@ from workers.transcript import Transcript
 log = structlog.get_logger(__name__)
 
 RETRY_SECONDS: Final = 0.2
+RETRY_LAST_SECONDS: Final = 1.0
+GIVE_UP_SECONDS: Final = 5.0
+"""That a session is tried to be given up for while the database does not answer."""
 WITHOUT_REDIS_SECONDS: Final = 2.0
 """How long an ending waits for Redis before it is committed without the fence: the row then decides alone."""
 
@@ -53,6 +57,8 @@ class Ports:
     ollama: OllamaService
     flusher: Flusher
     settings: Settings
+    ask_rows: Callable[[], None]
+    """Have the rows of this worker's sessions asked at once, instead of at the next heartbeat; does not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,14 @@ class Stop:
     stats: dict[str, Any] | None = None
     natural: bool = False
     """Whether the text is complete as it is, so that all of it has to be in the log before the fence."""
+
+
+def _pauses_seconds() -> Iterator[float]:
+    """Between two tries to reach the database: short at first, and not those of all streams at once."""
+    pause_seconds = RETRY_SECONDS
+    while True:
+        yield pause_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - spreads the tries, no secret
+        pause_seconds = min(pause_seconds * 2, RETRY_LAST_SECONDS)
 
 
 class Lost(Exception):
@@ -89,9 +103,14 @@ class Generation:
         self._lost = False
         self._finished = False
         self._broken = False
+        self.log_lost = False
+        """Whether Redis has lost the log, and it is not made anew yet."""
+        self._may_rebuild = False
+        self._fence_unknown = False
         self.held = False
         """Whether the log has been opened at this epoch, so that there is a lease to renew."""
         self._handing_over = False
+        self._said: set[str] = set()
         self._refusal: Answer | None = None
         self._reader: gevent.Greenlet | None = None
         self._upstream_opened = False
@@ -127,9 +146,19 @@ class Generation:
         elif answer.fenced and answer.reason is not None:
             self.stop(answer.reason)
         elif answer.verdict is Verdict.ABSENT:
-            self._reopen_later()
+            self._lose_log()
         elif answer.verdict is Verdict.BROKEN:
             self._break()
+
+    def on_row(self, stop_reason: TerminationReason | None, *, log_was_lost: bool) -> None:
+        """What the row said of this session, asked when the log was lost already, or was not."""
+        if stop_reason is not None:
+            # Whoever stops it has taken the fence, maybe in what Redis lost: nothing more may be shown of it.
+            self._fence_unknown = self._fence_unknown or log_was_lost
+            self.stop(stop_reason)
+        elif log_was_lost:
+            self._may_rebuild = True
+            self._ports.flusher.submit(self)
 
     def _break(self) -> None:
         """The session's keys in Redis are not ours any more: it ends here, with all its text, and harms no other."""
@@ -148,7 +177,7 @@ class Generation:
     # -- the flusher's source ------------------------------------------------------------------
 
     def pending(self) -> Sequence[Append | Mark]:
-        if self._lost or self._finished or self._broken or self._refusal is not None:
+        if self._lost or self._finished or self._broken or self.log_lost or self._refusal is not None:
             return ()
         return [*self._marks, *self.transcript.unacknowledged(self.session_id, self.epoch)]
 
@@ -161,7 +190,7 @@ class Generation:
         elif answer.verdict is Verdict.BEHIND and answer.end <= self.transcript.length:
             self.transcript.rewind(answer.end)  # an answer of Redis was lost; the log knows what it has
         elif answer.verdict is Verdict.ABSENT:
-            return  # reopen() follows
+            self._lose_log()
         elif answer.fenced and answer.reason is not None:
             self._refusal = answer
             self.stop(answer.reason)
@@ -171,27 +200,37 @@ class Generation:
             self.lose()
         self._flushed.set()
 
-    def reopen(self, token_log: TokenLog) -> None:
-        """Redis lost the state: make it again and send all text once more."""
-        if self._finished:
+    def _lose_log(self) -> None:
+        """Redis has lost the log. A fence may have been in it: the row is asked before anything is shown again."""
+        if not self.log_lost and not self._finished:
+            self.log_lost = True
+            log.warning("stream.log_lost", session_id=str(self.session_id), length=self.transcript.length)
+        self._ports.ask_rows()
+
+    def rebuild(self, token_log: TokenLog) -> None:
+        """Make the log anew, with all text as one step: a fence must not find less than was seen."""
+        if not self._may_rebuild or self._lost or self._finished:
             return
-        answer = self._open_at(token_log)
-        log.warning("stream.log_rebuilt", session_id=str(self.session_id), length=self.transcript.length)
+        pieces = self.transcript.everything(self.session_id, self.epoch)
+        live_seconds = self._timeouts.live_seconds(self._ports.settings)
+        answer = token_log.rebuild(self.session_id, self.epoch, self.owner, pieces, live_seconds=live_seconds)
+        self.log_lost = self._may_rebuild = False
+        log.warning("stream.log_rebuilt", session_id=str(self.session_id), length=answer.end)
         if answer.verdict is Verdict.STALE:
             self.lose()
+        elif answer.verdict is Verdict.BROKEN:
+            self._break()
         else:
-            self.transcript.rewind(min(answer.end, self.transcript.length))
-
-    def _reopen_later(self) -> None:
-        """Have the flusher meet the ABSENT state, also where there is no text to write just now."""
-        self._marks.append(Mark(self.session_id, self.epoch, self._phase, self._attempt))
-        self._ports.flusher.submit(self)
+            self.transcript.acknowledge(min(answer.end, self.transcript.length))
+            if self._phase is not StreamPhase.QUEUED:
+                self._mark(self._phase)
+        self._flushed.set()
 
     # -- the run -------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Claim the session and see it to its end. Returns early where there is nothing to do."""
-        assignment = self._ports.manager.claim(self.session_id, self.owner)
+        assignment = self._claim()
         if assignment is None:
             return
         bind(session_id=self.session_id, conversation_id=assignment.conversation_id, user_id=assignment.user_id)
@@ -204,16 +243,34 @@ class Generation:
             opened = self._open(assignment)
             if not opened.fenced:
                 self._generate(assignment)
-            if not self._handed_over():
+            if not self._handed_over(assignment.model):
                 self._finish()
         except Lost:
             log.info("stream.lost_to_another", session_id=str(self.session_id), epoch=self.epoch)
         finally:
             self._finished = True
 
+    def _claim(self) -> Assignment | None:
+        """Repeated until the database answers, or the worker stops: then the session is claimed by another."""
+        tries: list[datetime] = []
+        pauses = _pauses_seconds()
+        while True:
+            try:
+                return self._ports.manager.claim(self.session_id, self.owner, tries)
+            except Unavailable as error:
+                if self._handing_over:
+                    return None
+                self._say_once("stream.claim_retried", error)
+                gevent.sleep(next(pauses))
+
     def _open(self, assignment: Assignment) -> Answer:
         """OPEN the log at the new epoch, and take over the text that earlier attempts left."""
-        answer: Answer = self._patiently("open", lambda: self._open_at(self._ports.log))
+        try:
+            answer: Answer = self._patiently("open", lambda: self._open_at(self._ports.log))
+        except RedisError:
+            if self.epoch > 1:
+                raise  # what earlier attempts said is in the log alone
+            return Answer(Verdict.ABSENT)  # it is to end, and nobody has said anything
         if answer.verdict is Verdict.STALE:
             raise Lost
         self._phase = StreamPhase.LOADING
@@ -233,13 +290,16 @@ class Generation:
 
     def _patiently(self, step: str, action: Callable[[], Any]) -> Any:
         """Until Redis answers: nothing can be written, and nothing be known, before."""
+        said = False
         while True:
             try:
                 return action()
             except RedisError as error:
                 if self._stop is not None:
                     raise
-                log.warning("stream.waits_for_redis", step=step, session_id=str(self.session_id), error=repr(error))
+                if not said:
+                    log.warning("stream.waits_for_redis", step=step, session_id=str(self.session_id), error=repr(error))
+                said = True
                 gevent.sleep(RETRY_SECONDS)
 
     def _generate(self, assignment: Assignment) -> None:
@@ -259,6 +319,8 @@ class Generation:
         if content:
             messages.append({"role": "assistant", "content": content})
             think = False if think is not None else None
+        elif assignment.attempt > 1:
+            self.transcript.think_again()
         return ChatRequest(assignment.model, messages, assignment.options, think, assignment.keep_alive)
 
     def _read(self, request: ChatRequest) -> None:
@@ -279,8 +341,9 @@ class Generation:
         self._upstream_opened = True
 
     def _on_text(self, thinking: str, content: str) -> None:
-        if self._stop is None and self.transcript.add(thinking, content):
-            metrics.chunk_arrived(len(thinking) + len(content))
+        if self._stop is None and (thinking or content):
+            if self.transcript.add(thinking, content):
+                metrics.chunk_arrived(len(thinking) + len(content))
             if self._phase is not StreamPhase.GENERATING:
                 metrics.first_token(time.monotonic() - self._heard_at)
                 tracing.event("first token")
@@ -324,17 +387,36 @@ class Generation:
             if self._upstream_opened and self._upstream_closed_at is None:
                 self._upstream_closed_at = now()
 
-    def _handed_over(self) -> bool:
+    def _handed_over(self, model: str) -> bool:
         """Give the session up to another worker, where that was asked for and nothing has ended it meanwhile."""
-        if not self._handing_over or self._ports.settings.on_worker_lost == "keep":
+        if not self._handing_over or not self._ports.settings.goes_on_elsewhere(model):
             return False
-        self._flush_all(time.monotonic() + WITHOUT_REDIS_SECONDS)
-        if self._refusal is not None or self._stop is None or self._stop.reason is not TerminationReason.SHUTDOWN:
+        flushed = self._flush_all(time.monotonic() + WITHOUT_REDIS_SECONDS)
+        told = self._refusal is not None or self._fence_unknown
+        if told or self._stop is None or self._stop.reason is not TerminationReason.SHUTDOWN:
             return False
-        self._ports.manager.beat([self.beat(with_text=True, everything=False)])
-        self._ports.manager.give_up(self.session_id, self.epoch)
-        log.info("stream.handed_over", session_id=str(self.session_id), length=self.transcript.length)
+        if self._give_up(everything=not flushed):
+            log.info("stream.handed_over", session_id=str(self.session_id), length=self.transcript.length)
+        else:
+            log.warning("stream.not_handed_over", session_id=str(self.session_id))  # it will be taken for lost
         return True
+
+    def _give_up(self, *, everything: bool) -> bool:
+        """Tried for a moment, for whoever stops a worker waits for it.
+
+        Without Redis's answers `everything` is written down: what it took without saying so may have been seen.
+        """
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        pauses = _pauses_seconds()
+        while True:
+            try:
+                self._ports.manager.beat([self.beat(with_text=True, everything=everything)])
+                self._ports.manager.give_up(self.session_id, self.epoch)
+                return True
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    return False
+                gevent.sleep(next(pauses))
 
     # -- the ending ----------------------------------------------------------------------------
 
@@ -357,18 +439,25 @@ class Generation:
         self._commit(outcome)
 
     def _commit(self, outcome: Outcome) -> None:
+        pauses = _pauses_seconds()
         while True:
             try:
                 self._ports.manager.finish(self.session_id, self.epoch, outcome)
                 return
             except Unavailable as error:
-                log.warning("stream.commit_retried", session_id=str(self.session_id), error=error.detail)
-                gevent.sleep(RETRY_SECONDS)
+                self._say_once("stream.commit_retried", error)
+                gevent.sleep(next(pauses))
             except DBAPIError:
                 if outcome.stats is None and outcome.detail is None:
                     raise
                 log.exception("stream.commit_without_stats", session_id=str(self.session_id))
                 outcome = replace(outcome, stats=None, detail=None)  # the text is what must be kept
+
+    def _say_once(self, event: str, error: Unavailable) -> None:
+        """Of what is repeated until it is known; how long it lasts, the database's own lines tell."""
+        if event not in self._said:
+            self._said.add(event)
+            log.warning(event, session_id=str(self.session_id), error=error.detail)
 
     def _fence(self, stop: Stop) -> Answer:
         """Take the fence at this worker's epoch. A natural end first has all its text in the log.
@@ -382,7 +471,7 @@ class Generation:
                 raise Lost
             if self._refusal is not None:
                 return self._refusal
-            if self._broken:
+            if self._broken or self._fence_unknown:
                 break
             if stop.natural and not self._flush_all(deadline):
                 break
@@ -405,14 +494,14 @@ class Generation:
         if answer.verdict is Verdict.BEHIND:
             self.transcript.rewind(min(answer.end, self.transcript.length))
         if answer.verdict is Verdict.ABSENT:
-            self._reopen_later()
+            self._lose_log()
             self._flush_all(deadline)
         return None
 
     def _flush_all(self, deadline: float) -> bool:
         """Wait until the log has everything, or refuses; False where it does not come to that in time."""
-        while self.pending():
-            if (left := deadline - time.monotonic()) <= 0:
+        while self.pending() or self.log_lost:
+            if self._fence_unknown or (left := deadline - time.monotonic()) <= 0:
                 return False
             self._flushed.clear()
             self._ports.flusher.submit(self)
@@ -420,6 +509,6 @@ class Generation:
         return True
 
     def _unfenced(self, stop: Stop) -> Answer:
-        """Redis cannot be reached, so it decides nothing: the worker holds all text, and the row decides."""
+        """Redis cannot be reached, or has lost the fence: the worker holds all text, and the row decides."""
         log.warning("stream.ended_without_redis", session_id=str(self.session_id), reason=stop.reason.value)
         return Answer(Verdict.FENCED, self.transcript.length, self.transcript.thinking_length, stop.reason, 0)

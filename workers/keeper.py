@@ -12,6 +12,7 @@ from uuid import UUID
 
 import gevent
 import structlog
+from gevent.event import Event
 from redis.exceptions import RedisError
 
 from webapp.config import Settings
@@ -41,7 +42,9 @@ class Keeper:
         self._flusher = flusher
         self._settings = settings
         self._redis_answers = True
+        self._database_answers = True
         self._text_due_at = 0.0
+        self._hurry = Event()
 
     def renew_leases(self) -> None:
         """Every `lease_renew_seconds`, one command for all sessions. Runs until killed."""
@@ -52,8 +55,9 @@ class Keeper:
                 refused = self._log.renew([(one.session_id, one.epoch) for one in held])
                 self._redis_answers = True
             except RedisError as error:
+                if self._redis_answers:  # once, and not with every try
+                    log.warning("keeper.redis_lost", sessions=len(held), error=repr(error))
                 self._redis_answers = False
-                log.warning("keeper.redis_lost", sessions=len(held), error=repr(error))
                 continue
             for session_id, answer in refused:
                 if generation := self._table.get(session_id):
@@ -62,19 +66,31 @@ class Keeper:
     def beat(self) -> None:
         """Every `heartbeat_seconds`, one statement for all sessions. Runs until killed."""
         while True:
-            gevent.sleep(self._settings.heartbeat_seconds)
+            self._hurry.wait(self._settings.heartbeat_seconds)
+            self._hurry.clear()
             self.beat_once(self._claimed())
+
+    def beat_soon(self) -> None:
+        """Ask the rows now, not at the next heartbeat. Does not block."""
+        self._hurry.set()
 
     def beat_once(self, generations: Sequence[Generation]) -> None:
         """Write heartbeats; text too when it is due, and always while Redis is not well."""
+        lost_logs = {one.session_id for one in generations if one.log_lost}
         well = self._redis_answers and self._flusher.healthy
         with_text = not well or time.monotonic() >= self._text_due_at
-        beats = {one.session_id: one.beat(with_text=with_text, everything=not well) for one in generations}
+        beats = {
+            one.session_id: one.beat(with_text=with_text or one.log_lost, everything=not well or one.log_lost)
+            for one in generations
+        }
         try:
             answers = {answer.session_id: answer for answer in self._manager.beat(list(beats.values()))}
         except Unavailable as error:
-            log.warning("keeper.database_lost", sessions=len(beats), error=error.detail)
+            if self._database_answers:
+                log.warning("keeper.database_lost", sessions=len(beats), error=error.detail)
+            self._database_answers = False
             return
+        self._database_answers = True
         if with_text:
             self._text_due_at = time.monotonic() + self._settings.checkpoint_seconds
         for generation in generations:
@@ -83,8 +99,7 @@ class Keeper:
                 generation.lose()  # ended, or at a newer epoch
                 continue
             generation.checkpointed = answer.checkpoint_length
-            if answer.stop_reason is not None:
-                generation.stop(answer.stop_reason)
+            generation.on_row(answer.stop_reason, log_was_lost=generation.session_id in lost_logs)
 
     def _claimed(self) -> list[Generation]:
         return [one for one in self._table.values() if one.epoch]

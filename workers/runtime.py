@@ -45,8 +45,9 @@ class Runtime:
             settings.ollama_base_url,
             connect_timeout_seconds=settings.upstream_connect_timeout_seconds,
             line_limit_bytes=settings.upstream_line_limit_bytes,
+            answer_limit_characters=settings.answer_limit_characters,
         )
-        self._ports = Ports(services.manager, services.log, ollama, flusher, settings)
+        self._ports = Ports(services.manager, services.log, ollama, flusher, settings, keeper.beat_soon)
         self._workers = services.workers
         self._settings = settings
         self._queue = services.queue
@@ -127,7 +128,10 @@ class Runtime:
 
         One that runs here is told by its greenlet's death.
         """
-        session_id = UUID(task_id)
+        try:
+            session_id = UUID(task_id)
+        except ValueError:
+            return  # nobody's session; Celery has said that it dropped it
         if session_id in self.table:
             return
         try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from webapp.streams.events import MESSAGE, THINKING
-from webapp.streams.log import Append
+from webapp.streams.log import Append, appends_of
 
 
 class Transcript:
@@ -19,11 +18,13 @@ class Transcript:
         self.acknowledged = 0
         self.seen = 0
         """How far any reader may have come: what was ever acknowledged, also by a Redis that has lost it since."""
+        self._thought_before = 0
 
     def add(self, thinking: str, content: str) -> bool:
         """Take what arrived; thinking after the first content is dropped. Returns whether anything was taken."""
-        if self.length > self.thinking_length:
-            thinking = ""
+        known = min(self._thought_before, len(thinking))
+        self._thought_before -= known
+        thinking = "" if self.length > self.thinking_length else thinking[known:]
         for piece in (thinking, content):
             if piece:
                 self._pieces.append(piece)
@@ -36,6 +37,10 @@ class Transcript:
         self._pieces, self.length, self.thinking_length = [text], len(text), thinking_length
         self.seen = len(text)
         self.rewind(acknowledged)
+
+    def think_again(self) -> None:
+        """The model begins its thinking anew: as much of it as there is already is left out."""
+        self._thought_before = self.thinking_length
 
     def rewind(self, acknowledged: int) -> None:
         """Take the log's word for how much it has: everything beyond is sent again."""
@@ -59,14 +64,11 @@ class Transcript:
     def unacknowledged(self, session_id: UUID, epoch: int) -> list[Append]:
         """What the log does not have yet: one append for each kind."""
         text = "".join(self._pieces[self._acknowledged_pieces :])
-        thinking = text[: max(0, self.thinking_length - self.acknowledged)]
-        content = text[len(thinking) :]
-        appends = []
-        if thinking:
-            appends.append(Append(session_id, epoch, self.acknowledged, THINKING, thinking))
-        if content:
-            appends.append(Append(session_id, epoch, self.acknowledged + len(thinking), MESSAGE, content))
-        return appends
+        return appends_of(session_id, epoch, text, self.thinking_length, self.acknowledged)
+
+    def everything(self, session_id: UUID, epoch: int) -> list[Append]:
+        """All text, for a log that has none: one append for each kind."""
+        return appends_of(session_id, epoch, self.text, self.thinking_length)
 
     @property
     def text(self) -> str:

@@ -106,10 +106,13 @@ def assert_keys_are_done_with(stack: Stack, row: StreamSession, message: Message
 
 def assert_said_once(stack: Stack, row: StreamSession, more_logs: Iterable[str] = ()) -> None:
     """Over all processes one line says that it ended, and says what is to be known of it."""
-    lines = [line for line in _lines(stack, more_logs) if line.get("session_id") == str(row.id)]
-    endings = [line for line in lines if line["event"] in ENDINGS]
-    assert len(endings) == 1
-    said = endings[0]
+
+    def endings() -> list[dict[str, Any]]:
+        lines = [line for line in _lines(stack, more_logs) if line.get("session_id") == str(row.id)]
+        return [line for line in lines if line["event"] in ENDINGS]
+
+    said, *more = wait_until(endings, 5, "it is said after `done`")
+    assert more == []
     assert said["event"] == ("stream.completed" if row.status == "COMPLETED" else "stream.terminated")
     for name in ("reason", "phase", "length", "thinking_length", "attempt"):
         assert said[name] == getattr(row, name)

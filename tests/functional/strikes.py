@@ -47,7 +47,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "open": (TokenLog, "open"),
     "chat": (OllamaService, "chat"),
     "connect": (Generation, "_on_open"),
-    "read": (OllamaService, "_read"),
+    "read": (OllamaService, "read"),
     "text": (Generation, "_on_text"),
     "flush": (TokenLog, "apply"),
     "end": (Generation, "_end"),

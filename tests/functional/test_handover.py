@@ -18,6 +18,7 @@ MODEL = "pace=40,tokens=200,alphabet=mixed"
 ENDLESS = "pace=40,tokens=10000,alphabet=mixed"
 STREAMS = 3
 KEEP = {"SLUICEGATE_ON_WORKER_LOST": "keep", "SLUICEGATE_LEASE_RENEW_SECONDS": "0.1"}
+KEEP_THESE = {"SLUICEGATE_ON_WORKER_LOST_KEEP_MODELS": "name=n*", "SLUICEGATE_LEASE_RENEW_SECONDS": "0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def test_a_stop_while_nobody_runs_it(stack: Stack, client: Client) -> None:
 
 
 def test_where_going_on_elsewhere_is_off(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
-    """A worker that stops ends its streams as `shutdown`, and keeps what there is: asked to, or told to leave at once.
+    """A worker that stops ends its streams as `shutdown`, and keeps what there is: asked to, or told to leave at once;
+    because it is off for all models, or for these.
 
     Another worker is there, and is not given them.
     """
@@ -114,7 +116,7 @@ def test_where_going_on_elsewhere_is_off(stack: Stack, client: Client, upstream:
     for signal in ("SIGTERM", "SIGQUIT"):
         leaving[-1].ready()
         sessions, readers = begin(client, ENDLESS)
-        leaving.append(stack.start_worker(settings=KEEP, wait=signal == "SIGTERM"))
+        leaving.append(stack.start_worker(settings=KEEP_THESE, wait=signal == "SIGTERM"))
         leaving[-2].container.kill(signal)
         for session, reader in zip(sessions, readers, strict=True):
             row = assert_ended(stack, upstream, session, [reader], "shutdown")

@@ -304,7 +304,7 @@ class TestLogs:
         for line in (accepted[-1], followed[-1]):
             assert {name: line[name] for name in expected} == expected
             assert line["user_id"]
-        (ending,) = about(stack, session, "stream.completed")
+        (ending,) = wait_until(lambda: about(stack, session, "stream.completed"), 5, "it is said after `done`")
         assert ending["user_id"] == accepted[-1]["user_id"]
         assert "request_id" not in ending
         assert (accepted[-1]["method"], accepted[-1]["path"], accepted[-1]["status"]) == (

@@ -32,6 +32,24 @@ def test_a_stop_takes_effect(stack: Stack, client: Client, upstream: UpstreamPro
     assert reader.text == receipt["partialResponse"] == client.message(session)["content"]
 
 
+def test_a_stream_that_waits_is_stopped_by_its_row(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
+    """No worker has had it, so nothing was said that Redis alone would know."""
+    stack.worker.container.process.kill()
+    session = client.post_message("hello", model="tokens=3")
+    reader = client.follow(session["sessionId"], reconnect=True)
+    wait_until(lambda: reader.events)
+    stack.valkey.kill()
+    receipt = client.terminate(session["sessionId"])
+    assert (receipt["reason"], receipt["partialResponse"], receipt["upstreamClosedAt"]) == ("user", "", None)
+    assert reader.wait_until_done()["reason"] == "user"
+    stack.valkey.start()
+    stack.valkey.await_ready()
+    stack.worker.container.process.restart()  # it finds the session in the queue, and has nothing to do
+    after = client.post_message("and now?", model="tokens=3")
+    assert client.follow(after["sessionId"]).wait_until_done()["reason"] == "stop"
+    assert len(upstream.requests()) == 1
+
+
 def test_what_runs_goes_on(stack: Stack, client: Client) -> None:
     """Redis comes back with what it had: the reader has had a pause, and nothing else."""
     session = client.post_message("go on", model="pace=40,tokens=200")

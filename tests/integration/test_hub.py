@@ -8,7 +8,7 @@ import random
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +18,7 @@ from uuid import UUID
 
 import pytest
 import redis
+from structlog.testing import capture_logs
 
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, LATER, WORLD_TEXT, Worker, World, make_settings, make_world
@@ -941,6 +942,30 @@ class TestAValkeyThatFails:
         row = own_world.row(worker.session_id)
         assert own_world.database.write(lambda s: rows.commit(s, row, ending))
         assert reader.finish(15).content == text + "more"
+
+    def test_one_that_says_nothing_is_asked_by_the_hub_alone(
+        self, own_valkey: ValkeyServer, own_world: World, read: Readers
+    ) -> None:
+        """Each reader that comes meanwhile is told that it is served; what is said in the log is said once."""
+        worker = own_world.run()
+        reader = read(own_world, worker.session_id)
+        text = write(worker, 3)
+        wait_until(lambda: reader.content == text)
+        with capture_logs() as logs:
+            own_valkey.pause()
+            wait_until(lambda: not own_world.services.hub.healthy)
+            late = [read(own_world, worker.session_id) for _ in range(10)]
+            wait_until(lambda: all(one.comments for one in late), 1)
+            own_valkey.resume()
+            wait_until(lambda: own_world.services.hub.healthy)
+            wait_until(lambda: all(one.content == text for one in late), 2)
+        worker.end()
+        for one in (reader, *late):
+            assert one.finish().content == text
+        said = Counter(line["event"] for line in logs if line["log_level"] != "debug")
+        assert said["hub.redis_found"] == 1
+        assert said["hub.redis_lost"] <= 2  # reading, and reporting who watches
+        assert said["reader.waits"] == 0
 
 
 def test_a_hub_that_nobody_uses_connects_to_nothing() -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
+from unittest.mock import patch
 from uuid import UUID
 
 import orjson
@@ -27,7 +28,7 @@ from webapp.streams import rows
 from webapp.streams.events import THINKING, done_position
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import Answer, Verdict
-from webapp.streams.ports import NewMessage, Outcome, RequestKey
+from webapp.streams.ports import NewMessage, Outcome, RequestKey, Rerun
 from webapp.streams.rows import Beat, BeatAnswer
 from webapp.views import ReceiptView, SessionView
 
@@ -103,9 +104,9 @@ class TestStart:
         view = world.start()
         world.queue.broken = False
         assert view.active
-        world.change(view.session_id, requeue_at=now() - timedelta(minutes=1))
-        assert world.reaper.reap()["unclaimed"] == 1
+        assert world.reaper.reap()["unclaimed"] == 1  # at once: it is known not to be in the queue
         assert world.queue.enqueued == [view.session_id]
+        assert world.reaper.reap()["unclaimed"] == 0
 
     def test_a_conversation_with_an_active_stream_is_busy(self, world: World) -> None:
         first = world.start()
@@ -565,6 +566,33 @@ class TestSettle:
         assert world.row(worker.session_id).reason == "user"
         assert len(world.dones(worker.session_id)) == 1
 
+    def test_a_state_of_an_older_epoch_is_not_the_sessions(self, world: World) -> None:
+        """In an emptied Redis a web process's late OPEN has made an empty one; the worker has what was seen."""
+        worker = world.run()
+        worker.say(WORLD_TEXT)
+        world.forget(worker.session_id)
+        world.log.open(worker.session_id, 0)
+        with pytest.raises(Unavailable):
+            world.manager.settle(worker.session_id, USER)
+        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+        world.change(worker.session_id, heartbeat_at=now() - timedelta(minutes=1))
+        world.manager.settle(worker.session_id, USER)
+        assert world.row(worker.session_id).reason == "user"
+
+    def test_a_checkpoint_that_comes_in_between_is_not_lost(self, world: World) -> None:
+        """Redis was emptied between the fence and the commit, and the worker has written down more than was read."""
+        worker = world.run()
+        worker.say("h")
+        read_text = world.log.text
+
+        def checkpoint_then_read(session_id: UUID) -> tuple[str, int]:
+            world.manager.beat([Beat(worker.session_id, 1, 0, WORLD_TEXT, 0, LATER)])
+            return read_text(session_id)
+
+        with patch.object(world.log, "text", checkpoint_then_read):
+            world.manager.settle(worker.session_id, USER)
+        assert world.message(worker.session_id).content == WORLD_TEXT
+
     def test_the_fence_that_stands_is_the_reason(self, world: World) -> None:
         worker = world.run()
         worker.say("text")
@@ -596,6 +624,33 @@ class TestSettle:
         with pytest.raises(Unavailable):
             world_with(redis_url=CLOSED_REDIS).manager.settle(session_id, USER)
         assert world.row(session_id).status == StreamStatus.ACTIVE
+
+    def test_nor_of_one_that_was_given_up(self, world: World, world_with: MakeWorld) -> None:
+        """Nobody has it now, but who had it may have said more than the row has."""
+        worker = world.run()
+        worker.say("text")
+        world.manager.give_up(worker.session_id, worker.epoch)
+        with pytest.raises(Unavailable):
+            world_with(redis_url=CLOSED_REDIS).manager.settle(worker.session_id, USER)
+        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+
+    def test_without_redis_one_that_nobody_has_had_has_the_text_of_its_row(
+        self, world: World, world_with: MakeWorld
+    ) -> None:
+        worker = world.run()
+        worker.say("hm ", THINKING)
+        worker.say("text")
+        worker.end(USER)
+        rerun = Rerun(worker.session_id, world.row(worker.session_id).user_id)
+        new, continued = world.start().session_id, world.manager.continue_(rerun).session_id
+        for session_id, content, thinking in ((new, "", ""), (continued, "text", "hm ")):
+            cut_off = world_with(redis_url=CLOSED_REDIS)
+            receipt = cut_off.manager.terminate(session_id, USER)
+            assert (receipt.reason, receipt.partial_response) == (USER, content)
+            assert receipt.thinking_length == len(thinking)
+            world.manager.publish(session_id)
+            assert world.log.text(session_id) == (thinking + content, len(thinking))
+            assert world.manager.claim(session_id, "worker@one") is None
 
     def test_an_unknown_one_is_not_found(self, world: World) -> None:
         with pytest.raises(NotFound):
@@ -857,14 +912,17 @@ class TestPublish:
         assert len(world.dones(worker.session_id)) == 1
         assert world.row(worker.session_id).published_at == before
 
-    def test_a_log_that_is_gone_is_not_made_again(self, world: World) -> None:
+    def test_a_log_that_is_gone_is_made_again(self, world: World) -> None:
+        """Whoever still reads it has the rest, and the end, at once."""
         worker = world.run()
+        worker.say("thought", THINKING)
+        worker.say("said")
         worker.end()
         world.forget(worker.session_id)
         world.change(worker.session_id, published_at=None)
         world.manager.publish(worker.session_id)
-        assert world.log.state(worker.session_id) is None
-        assert world.entries(worker.session_id) == []
+        assert world.log.text(worker.session_id) == ("thoughtsaid", 7)
+        assert len(world.dones(worker.session_id)) == 1
         assert world.row(worker.session_id).published_at is not None
 
     def test_without_redis_it_is_not_noted(self, world: World, world_with: MakeWorld) -> None:

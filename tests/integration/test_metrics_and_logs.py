@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +18,7 @@ from structlog.typing import EventDict
 from tests.figures import Figures, Moved
 from tests.integration.api import Caller, People
 from tests.integration.world import World
+from tests.services import wait_until
 from webapp.database import Database
 from webapp.errors import Unavailable
 from webapp.models import Role, now
@@ -52,7 +54,7 @@ class TestEndings:
         worker.say("some text")
         worker.obey()
         world.manager.terminate(worker.session_id, TerminationReason.USER, by="ada")
-        (line,) = of(lines, "stream.terminated")
+        (line,) = wait_until(lambda: of(lines, "stream.terminated"), 5)  # by the worker, once `done` is in the log
         row = world.row(worker.session_id)
         expected = {
             "session_id": str(row.id),
@@ -119,6 +121,41 @@ class TestEndings:
         assert len(world.dones(worker.session_id)) == 1
         (line,) = of(lines, "stream.step_failed")
         assert (line["step"], line["error"]) == ("report", "ValueError")
+
+    def test_one_whose_commit_was_not_answered_is_told_once(self, world: World, lines: list[EventDict]) -> None:
+        """It was carried out, but its worker does not know, asks again, and finds it done."""
+        worker = world.run()
+        worker.say("some text")
+        carry_out = world.database.write
+
+        def carry_out_without_an_answer(work: Any, **options: Any) -> None:
+            carry_out(work, **options)
+            raise Unavailable("The connection broke")
+
+        with patch.object(world.database, "write", carry_out_without_an_answer), pytest.raises(Unavailable):
+            worker.end(stats={"eval_count": 2})
+        before = scrape(world)
+        assert of(lines, "stream.completed") == []
+        assert not worker.end(stats={"eval_count": 2})
+        assert not worker.end(stats={"eval_count": 2})
+        (line,) = of(lines, "stream.completed")
+        assert line["session_id"] == str(worker.session_id)
+        moved = Moved(before, scrape(world))
+        assert moved.by("sluicegate_streams_ended_total", status="COMPLETED", reason="stop") == 1
+        assert moved.by("sluicegate_tokens_total") == 2
+
+    def test_one_whose_worker_died_at_its_commit_is_told_by_the_reaper(
+        self, world: World, lines: list[EventDict]
+    ) -> None:
+        worker = world.run()
+        with patch.object(world.manager, "publish"):  # as if it had been killed before
+            worker.end()
+        assert of(lines, "stream.completed") == []
+        world.change(worker.session_id, ended_at=now() - timedelta(minutes=1))
+        world.reaper.reap()
+        world.reaper.reap()
+        (line,) = of(lines, "stream.completed")
+        assert line["session_id"] == str(worker.session_id)
 
     def test_timings(self, world: World) -> None:
         session_id = world.start().session_id

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -11,10 +12,11 @@ from sqlalchemy import delete
 
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, LATER, WORLD_TEXT, Worker, World
+from webapp.errors import Unavailable
 from webapp.models import StreamSession, now
 from webapp.streams import recovery, rows
 from webapp.streams.events import THINKING, done_position
-from webapp.streams.keys import state_key
+from webapp.streams.keys import QUEUE_KEY, state_key
 from webapp.streams.lifecycle import StreamStatus, TerminationReason
 from webapp.streams.log import Verdict
 from webapp.streams.ports import Outcome
@@ -104,6 +106,45 @@ class TestALostWorker:
         assert world.row(first.session_id).reason == "worker_lost"
         assert world.message(first.session_id).content == "one two"
 
+    def test_hand_overs_are_no_losses(self, world_with: MakeWorld) -> None:
+        """However often workers were restarted under it, a session may lose as many as any other, and no more."""
+        world = world_with(max_attempts=2)
+        session_id = world.start().session_id
+        for epoch in range(1, 6):
+            world.run(session_id, owner=f"worker@{epoch}").say(f"{epoch} ")
+            world.manager.give_up(session_id, epoch)
+        self.lose(world, session_id)
+        row = world.row(session_id)
+        assert (row.status, row.owner, row.attempt, row.losses) == ("ACTIVE", None, 6, 1)
+        self.lose(world, session_id)
+        row = world.row(session_id)
+        assert (row.status, row.reason, row.attempt, row.losses) == ("ERROR", "worker_lost", 7, 1)
+        assert world.message(session_id).content == "1 2 3 4 5 "
+
+    def lose(self, world: World, session_id: UUID) -> None:
+        """Another worker takes it, and is lost."""
+        world.run(session_id)
+        silence_heartbeat(world, session_id)
+        silence_lease(world, session_id)
+        assert world.reaper.reap()["lost"] == 1
+
+    @pytest.mark.parametrize("patterns", ["a-model", "a-*", "*", "other,  a-mode? ,", "[ab]-model"])
+    def test_a_model_that_is_not_gone_on_with(self, world_with: MakeWorld, patterns: str) -> None:
+        world = world_with(on_worker_lost_keep_models=patterns)
+        worker = lost(world)
+        world.reaper.reap()
+        assert world.row(worker.session_id).reason == "worker_lost"
+        assert world.message(worker.session_id).content == WORLD_TEXT
+        assert len(world.queue.enqueued) == 1
+
+    @pytest.mark.parametrize("patterns", ["", ",", "a-mode", "A-MODEL", "a-model:latest", "another"])
+    def test_a_model_that_is_not_named(self, world_with: MakeWorld, patterns: str) -> None:
+        world = world_with(on_worker_lost_keep_models=patterns)
+        worker = lost(world)
+        world.reaper.reap()
+        assert world.row(worker.session_id).status == StreamStatus.ACTIVE
+        assert len(world.queue.enqueued) == 2
+
     def test_where_redis_was_emptied_as_well_the_checkpoint_is_kept(self, world_with: MakeWorld) -> None:
         world = world_with(on_worker_lost="keep")
         worker = lost(world)
@@ -183,14 +224,14 @@ class TestAWorkerThatIsNotLost:
     ) -> None:
         world = world_with(on_worker_lost=on_worker_lost)
         worker = lost(world)
-        looked_at = world.reaper._is_lost
+        looked_at = world.reaper._left_seconds
 
-        def heard_of(row: StreamSession) -> bool:
-            found = looked_at(row)
+        def heard_of(row: StreamSession, moment: datetime) -> float:
+            found = looked_at(row, moment)
             world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER)])
             return found
 
-        monkeypatch.setattr(world.reaper, "_is_lost", heard_of)
+        monkeypatch.setattr(world.reaper, "_left_seconds", heard_of)
         world.reaper.reap()
         assert world.row(worker.session_id).owner == worker.owner
 
@@ -199,15 +240,15 @@ class TestAWorkerThatIsNotLost:
     ) -> None:
         """As when two reapers find the same."""
         old = lost(world)
-        looked_at = world.reaper._is_lost
+        looked_at = world.reaper._left_seconds
 
-        def taken_over(row: StreamSession) -> bool:
-            found = looked_at(row)
+        def taken_over(row: StreamSession, moment: datetime) -> float:
+            found = looked_at(row, moment)
             world.manager.give_up(old.session_id, 1)
             world.run(old.session_id, owner="worker@two")
             return found
 
-        monkeypatch.setattr(world.reaper, "_is_lost", taken_over)
+        monkeypatch.setattr(world.reaper, "_left_seconds", taken_over)
         world.reaper.reap()
         assert world.row(old.session_id).owner == "worker@two"
 
@@ -217,7 +258,78 @@ class TestAWorkerThatIsNotLost:
         assert world.reaper.reap() == NOTHING_DUE
 
 
+class TestAWorkerThatWillBeLostBeforeTheNextPass:
+    SECONDS = 0.4
+
+    def silent(self, world: World) -> Worker:
+        """A worker whose lease, in Redis and in the row, has that much left."""
+        worker = world.run()
+        world.log.renew([(worker.session_id, 1)])
+        ago_seconds = world.settings.lease_seconds - self.SECONDS
+        world.change(worker.session_id, heartbeat_at=now() - timedelta(seconds=ago_seconds))
+        world.redis.hincrby(state_key(worker.session_id), "lease_us", -int(ago_seconds * 1e6))
+        return worker
+
+    def test_it_is_waited_for(self, world: World) -> None:
+        worker = self.silent(world)
+        assert world.reaper.reap() == NOTHING_DUE
+        assert world.reaper.reap_lapsing() == {"lost": 1}
+        assert world.row(worker.session_id).owner is None
+        assert world.queue.enqueued == [worker.session_id] * 2
+
+    def test_and_each_at_its_time(self, world: World) -> None:
+        first, second = self.silent(world), self.silent(world)
+        later = world.row(second.session_id).heartbeat_at
+        assert later is not None
+        world.change(second.session_id, heartbeat_at=later + timedelta(seconds=0.4))
+        assert world.reaper.reap_lapsing() == {"lost": 2}
+        assert world.queue.enqueued[2:] == [first.session_id, second.session_id]
+
+    @pytest.mark.parametrize("sign", ["lease", "heartbeat"])
+    def test_one_that_is_heard_of_meanwhile_is_not_lost(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, sign: str
+    ) -> None:
+        worker = self.silent(world)
+
+        def while_it_waits(seconds: float) -> None:
+            assert 0 < seconds <= self.SECONDS
+            if sign == "lease":
+                world.log.renew([(worker.session_id, 1)])
+            else:
+                world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER)])
+            threading.Event().wait(seconds)
+
+        monkeypatch.setattr(recovery.time, "sleep", while_it_waits)
+        assert world.reaper.reap_lapsing() == NOTHING_DUE
+        assert world.row(worker.session_id).owner == worker.owner
+
+    def test_where_all_are_heard_of_nothing_is_waited_for(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        world.log.renew([(world.run().session_id, 1)])
+        monkeypatch.setattr(recovery.time, "sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+        assert world.reaper.reap_lapsing() == NOTHING_DUE
+
+
 class TestWhatNobodyClaims:
+    def test_one_whose_task_was_revoked_and_that_could_not_be_ended_then(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The database goes between the two. Workers drop its messages for hours: it is not queued again."""
+        session_id = world.start().session_id
+
+        def gone(row: StreamSession, ending: rows.Ending) -> bool:
+            raise Unavailable("the database is gone")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(world.manager, "_commit", gone)
+            with pytest.raises(Unavailable):
+                world.manager.terminate(session_id, USER, "ada")
+        assert world.queue.revoked == [session_id]
+        assert world.row(session_id).status == StreamStatus.ACTIVE
+        world.reaper.reap()
+        row = world.row(session_id)
+        assert (row.status, row.reason, row.stop_by) == ("TERMINATED", "user", "ada")
+        assert world.queue.enqueued == [session_id]
+
     def grown_old(self, world: World, seconds: float) -> UUID:
         """A session that was started so long ago, and of which nobody has heard since."""
         view = world.start()
@@ -259,6 +371,23 @@ class TestWhatNobodyClaims:
         world.change(session_id, requeue_at=None)
         assert world.reaper.reap()["unclaimed"] == 1
         assert world.queue.enqueued == [session_id] * 2
+
+    def test_an_emptied_redis_has_lost_the_queue(self, world: World) -> None:
+        """What waits in it is queued again by the next pass, however long it was to be left there; and once."""
+        session_id = self.grown_old(world, 31)
+        world.reaper.reap()
+        recovery.reap_alone(world.reaper, world.redis)  # the first that this Redis has seen
+        world.redis.flushall()
+        before = len(world.queue.enqueued)
+        for _ in range(3):
+            recovery.reap_alone(world.reaper, world.redis)
+        assert world.queue.enqueued[before:] == [session_id]
+        assert 0 < world.redis.ttl(QUEUE_KEY) <= recovery.QUEUE_TTL_SECONDS
+
+    def test_what_runs_is_not_queued_again_by_that(self, world: World) -> None:
+        world.run().say("text")
+        recovery.reap_alone(world.reaper, world.redis)
+        assert len(world.queue.enqueued) == 1
 
     @pytest.mark.parametrize("limit_seconds", [2, 60])
     def test_its_time_in_the_queue_is_limited(self, world_with: MakeWorld, limit_seconds: float) -> None:
@@ -373,14 +502,14 @@ class TestTheReaperItself:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         going, other = lost(world), lost(world)
-        looked_at = world.reaper._is_lost
+        looked_at = world.reaper._left_seconds
 
-        def gone(row: StreamSession) -> bool:
-            found = looked_at(row)
+        def gone(row: StreamSession, moment: datetime) -> float:
+            found = looked_at(row, moment)
             world.database.write(lambda s: s.execute(delete(StreamSession).where(StreamSession.id == going.session_id)))
             return found
 
-        monkeypatch.setattr(world.reaper, "_is_lost", gone)
+        monkeypatch.setattr(world.reaper, "_left_seconds", gone)
         assert world.reaper.reap()["lost"] == 1
         assert world.row(other.session_id).owner is None
 

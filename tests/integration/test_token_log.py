@@ -226,6 +226,81 @@ class TestAppend:
         assert log.fence(epoch=0).verdict is Verdict.STALE
 
 
+class TestRebuild:
+    """A log that Redis has lost is made again by the worker that has its text."""
+
+    WHOLE = "thoughtsaid"
+
+    def rebuild(self, log: Log, epoch: int = 1) -> Answer:
+        pieces = [log.piece(0, "thought", THINKING, epoch), log.piece(7, "said", MESSAGE, epoch)]
+        return log.verbs.rebuild(log.id, epoch, "worker@one", pieces, live_seconds=LIVE_SECONDS)
+
+    def test_all_text_is_there_at_once(self, fresh: Log) -> None:
+        assert self.rebuild(fresh) == Answer(Verdict.OK, 11, 7)
+        assert fresh.verbs.text(fresh.id) == (self.WHOLE, 7)
+        assert fresh.redis.hget(state_key(fresh.id), "owner") == b"worker@one"
+
+    def test_it_may_be_repeated(self, fresh: Log) -> None:
+        self.rebuild(fresh)
+        fresh.append(11, "and more")
+        assert self.rebuild(fresh) == Answer(Verdict.OK, 19, 7)
+        assert fresh.verbs.text(fresh.id) == (self.WHOLE + "and more", 7)
+
+    def test_without_text_the_state_is_made(self, fresh: Log) -> None:
+        assert fresh.verbs.rebuild(fresh.id, 1, "worker@one", [], live_seconds=LIVE_SECONDS) == Answer(Verdict.OK)
+        assert fresh.append(0, "text").ok
+
+    def test_a_state_that_was_opened_since_at_an_older_epoch_is_taken_over(self, fresh: Log) -> None:
+        fresh.open(epoch=0, owner="")
+        assert self.rebuild(fresh).ok
+        assert fresh.verbs.text(fresh.id) == (self.WHOLE, 7)
+
+    def test_one_of_a_newer_epoch_is_not(self, fresh: Log) -> None:
+        fresh.open(epoch=2)
+        assert self.rebuild(fresh).verdict is Verdict.STALE
+        assert fresh.entries() == []
+
+    def test_nor_does_a_fence_count_that_was_taken_in_an_older_one(self, fresh: Log) -> None:
+        """It stands at an end that nobody has seen; who took it is on record in the row."""
+        fresh.open(epoch=0, owner="")
+        fresh.append(0, "part", epoch=0)
+        fresh.fence(ADMIN)
+        assert self.rebuild(fresh) == Answer(Verdict.OK, 11, 7)
+        assert fresh.verbs.text(fresh.id) == (self.WHOLE, 7)
+        state = fresh.verbs.state(fresh.id)
+        assert state is not None
+        assert (state.epoch, state.fence) == (1, None)
+
+    def test_one_that_was_taken_at_this_epoch_stands(self, fresh: Log) -> None:
+        """By somebody for whom no worker had it any more."""
+        fresh.open()
+        fresh.fence(ADMIN)
+        assert (self.rebuild(fresh).verdict, fresh.entries()) == (Verdict.FENCED, [])
+
+    def test_broken_keys_are_told(self, fresh: Log) -> None:
+        fresh.redis.set(state_key(fresh.id), "not a hash")
+        assert self.rebuild(fresh).verdict is Verdict.BROKEN
+
+    def test_no_fence_finds_less_than_all_of_it(self, client: redis.Redis) -> None:
+        """A terminator that comes in the very moment: it finds nothing, or everything."""
+        logs = [Log(client) for _ in range(300)]
+        ends: dict[UUID, int] = {}
+
+        def fence_each() -> None:
+            for log in logs:
+                while (answer := log.fence()).verdict is Verdict.ABSENT:
+                    pass
+                ends[log.id] = answer.end
+
+        fencer = threading.Thread(target=fence_each)
+        fencer.start()
+        for log in logs:
+            self.rebuild(log)
+        fencer.join(30)
+        assert set(ends.values()) == {len(self.WHOLE)}
+        assert len(ends) == len(logs)
+
+
 class TestMark:
     def test_it_stands_behind_the_text(self, log: Log) -> None:
         assert log.mark() == Answer(Verdict.OK)
@@ -383,6 +458,22 @@ class TestFinish:
         fence = log.fence(USER)
         log.finish(0, reason=STOP)
         assert log.fence(ADMIN) == Answer(Verdict.FENCED, 0, 0, USER, fence.fenced_us)
+
+    def test_a_log_that_is_gone_is_made_with_all_its_text(self, fresh: Log) -> None:
+        pieces = [fresh.piece(0, "thought", THINKING), fresh.piece(7, "said")]
+        assert fresh.verbs.finish(fresh.id, 11, b"{}", USER).verdict is Verdict.ABSENT
+        assert fresh.verbs.finish(fresh.id, 11, b"{}", USER, lost=(1, pieces)).ok
+        assert fresh.verbs.text(fresh.id) == ("thoughtsaid", 7)
+        assert fresh.entries()[-1].position == done_position(11)
+        assert fresh.append(11, "more").verdict is Verdict.FENCED
+        for key in (state_key(fresh.id), log_key(fresh.id)):
+            assert 0 < fresh.redis.ttl(key) <= RETENTION_SECONDS
+
+    def test_one_that_is_there_is_not_made_again(self, log: Log) -> None:
+        log.append(0, "said")
+        assert log.finish(4).ok
+        assert log.verbs.finish(log.id, 4, b"{}", USER, lost=(1, [log.piece(0, "said")])).ok
+        assert [entry.kind for entry in log.entries()] == [MESSAGE, DONE]
 
 
 class TestRenew:

@@ -87,7 +87,8 @@ class World:
     def close(self) -> None:
         """Let followers, threads and connections to Redis go."""
         self.services.hub.close()
-        for client in (self.redis, self.services.hub._redis, self.services.limits._redis):
+        clients = (self.redis, self.services.hub._redis, self.services.limits._redis, self.services.views_log._redis)
+        for client in clients:
             client.connection_pool.disconnect()
 
     # People and conversations
@@ -242,6 +243,7 @@ def make_settings(database_url: str, redis_url: str, data_dir: Path, **overrides
         "secret_key": "a secret of the tests",
         "default_model": "a-model",
         "log_level": "ERROR",
+        "database_timeout_seconds": 20,  # on a busy machine; a test that is about it sets it
     }
     return Settings(_env_file=None, **(values | overrides))
 

@@ -151,3 +151,26 @@ def test_what_was_seen_outlives_a_lost_log() -> None:
     transcript.acknowledge(4)
     transcript.rewind(0)
     assert (transcript.acknowledged, transcript.seen) == (0, 4)
+
+
+class TestThinkingAgain:
+    """Another attempt, of which there is thinking and no answer: the model begins to think anew."""
+
+    def taken_over(self, thinking: str) -> Transcript:
+        transcript = Transcript()
+        transcript.preload(thinking, len(thinking), len(thinking))
+        transcript.think_again()
+        return transcript
+
+    def test_what_there_is_already_is_left_out(self) -> None:
+        transcript = self.taken_over("h0 h1\u0301")
+        assert [transcript.add(piece, "") for piece in ("h0 ", "h1", "\u0301 h2", " h3")] == [False, False, True, True]
+        assert transcript.add("", "t0")
+        assert (transcript.text, transcript.thinking_length) == ("h0 h1\u0301 h2 h3t0", 12)
+
+    def test_an_answer_that_comes_sooner_is_whole(self) -> None:
+        transcript = self.taken_over("h0 h1 ")
+        assert not transcript.add("h", "")
+        assert transcript.add("0", "t0 ")
+        assert transcript.add("late", "t1")
+        assert (transcript.text, transcript.thinking_length) == ("h0 h1 t0 t1", 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import socket
 import time
@@ -199,6 +200,66 @@ def test_a_broken_connection(own: Upstream, fault: str) -> None:
     assert (record.outcome, record.tokens_sent) == ("fault", 5)
 
 
+def test_a_line_in_two_halves(own: Upstream) -> None:
+    """With a silence in a character, or cut off there."""
+    model = "tokens=9,pace=0,alphabet=mixed,half_at=5,silence_at=5:0.1"
+    assert texts(chat(own, model)) == expected_text(model) == expected_text("tokens=9,alphabet=mixed")
+    received = bytearray()
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        read_into(received, chat(own, "tokens=9,pace=200,alphabet=mixed,half_at=5,close_at=5"))
+    assert received.count(b"\n") == 5
+    with pytest.raises(UnicodeDecodeError):
+        received.decode()
+
+
+def test_a_byte_that_is_not_utf8(own: Upstream) -> None:
+    model = "tokens=3,pace=0,invalid_at=1"
+    assert b"t1\xc3( " in chat(own, model).content
+    assert expected_text(model).content == "t0 t1\ufffd( t2 "
+
+
+@pytest.mark.parametrize("fault", ["endless_line_at=2", "flood_at=2", "http_status=500,refusal=huge"])
+def test_what_goes_on_for_as_long_as_the_client_stays(own: Upstream, fault: str) -> None:
+    with chat(own, f"pace=0,{fault}") as answer:
+        assert sum(map(len, itertools.islice(answer.iter_content(65_536), 200))) > 5_000_000
+    record = own.wait_until(ended)
+    assert record is not None
+    assert record.outcome == "disconnected"
+
+
+def test_a_chunk_whose_size_is_no_number(own: Upstream) -> None:
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        read_into(bytearray(), chat(own, "pace=200,bad_chunk_at=2"))
+
+
+def test_heads(own: Upstream) -> None:
+    assert len(chat(own, "pace=0,head_lines=50").headers) == 3  # all of one name
+    began_at = time.monotonic()
+    assert chat(own, "pace=0,head_byte_seconds=0.002").status_code == 200
+    assert time.monotonic() - began_at > 0.1
+
+
+def test_what_comes_after_done(own: Upstream) -> None:
+    *_, done, late, again = lines(chat(own, "pace=0,tokens=2,after_done"))
+    assert (done["done"], late["done"], again["done"]) == (True, False, True)
+    with chat(own, "pace=0,tokens=2,closes_late") as answer:
+        assert b'"done":true' in answer.raw.read1(65_536) + answer.raw.read1(65_536) + answer.raw.read1(65_536)
+        assert own.open_count() == 1
+    wait_until(lambda: own.open_count() == 0, 2)
+
+
+@pytest.mark.parametrize(("refusal", "body"), [("html", "<h1>scripted status 502</h1>"), ("empty", "")])
+def test_refusals_of_other_forms(own: Upstream, refusal: str, body: str) -> None:
+    answer = chat(own, f"http_status=502,refusal={refusal}")
+    assert (answer.status_code, answer.text) == (502, body)
+
+
+def test_a_redirect_points_to_itself(own: Upstream) -> None:
+    with pytest.raises(requests.TooManyRedirects):
+        chat(own, "http_status=307")
+    assert len(own.requests()) == 31
+
+
 def test_an_error_line_and_a_line_that_is_not_json(own: Upstream) -> None:
     assert lines(chat(own, "pace=0,error_at=2"))[2:] == [{"error": "scripted error at 2"}]
     with pytest.raises(json.JSONDecodeError):
@@ -235,7 +296,7 @@ def test_a_connection_serves_several_requests(own: Upstream) -> None:
     wait_until(lambda: own.connection_count() == 0, 2)
 
 
-@pytest.mark.parametrize("model", ["tokens=many", "alphabet=greek", "silence_at=3", "tokenz=3"])
+@pytest.mark.parametrize("model", ["tokens=many", "alphabet=greek", "refusal=rude", "silence_at=3", "tokenz=3"])
 def test_a_script_that_is_none(model: str) -> None:
     with pytest.raises(ScriptError):
         Script.parse(model)

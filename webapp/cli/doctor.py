@@ -82,7 +82,9 @@ def _database(settings: Settings) -> str:
 
     shown = mask_url(settings.effective_database_url)
     try:
-        with create_engine(settings.effective_database_url).connect() as connection:
+        limit = "timeout" if settings.effective_database_url.startswith("sqlite") else "connect_timeout"
+        engine = create_engine(settings.effective_database_url, connect_args={limit: _TIMEOUT_SECONDS})
+        with engine.connect() as connection:
             current, newest = _revisions(connection)
     except (SQLAlchemyError, ImportError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
@@ -195,7 +197,7 @@ def _beat(settings: Settings) -> str:
 
     nodes = _nodes_of(settings, MAINTENANCE_QUEUE)
     before = _reaps(settings, nodes)
-    deadline = time.monotonic() + 3 * REAP_INTERVAL_SECONDS
+    deadline = time.monotonic() + 6 * REAP_INTERVAL_SECONDS
     while time.monotonic() < deadline:
         time.sleep(REAP_INTERVAL_SECONDS / 2)
         if _reaps(settings, nodes) > before:

@@ -33,9 +33,13 @@ def _known(error: BaseException) -> str | None:
     import redis
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+    from webapp.database import is_busy
+
     if isinstance(error, DBAPIError):
         if is_unmigrated(error):
             return MIGRATE_REMEDY
+        if is_busy(error):
+            return "the database is busy: another process holds its lock; try again"
         return f"the database cannot be reached: {_first_line(error.orig)}; check DATABASE_URL"
     if isinstance(error, SQLAlchemyError):
         return f"the database: {_first_line(error)}; check DATABASE_URL"

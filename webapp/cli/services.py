@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ def open_services() -> Services:
 
     settings = quiet_settings()
     configure_logs(settings)
+    logging.getLogger("webapp.database").setLevel(logging.ERROR)  # that it is down, the command says in one line
     share(settings.metrics_directory)  # a command may end a stream, which counts as any ending does
     return make_services(settings)
 
@@ -44,7 +46,8 @@ def open_accounts() -> Iterator[Accounts]:
 
     settings = quiet_settings()
     configure_logs(settings)
-    database = open_database(bare_app(settings))
+    logging.getLogger("webapp.database").setLevel(logging.ERROR)  # that it is down, the command says in one line
+    database = open_database(bare_app(settings), settings)
     try:
         yield Accounts(database, sign_in_token_seconds=settings.sign_in_token_seconds)
     finally:

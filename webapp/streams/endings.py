@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 
 def report(row: StreamSession, stats: Mapping[str, Any] | None = None) -> None:
-    """Log and count the ending of a session, read after its commit; `stats` are the upstream's own figures.
+    """Log and count the ending of a session, from its committed row; `stats` are the upstream's own figures.
 
     Lengths and ids, and not `detail`, which may hold the upstream's words.
     """
@@ -62,7 +62,8 @@ def stop_timings(row: StreamSession) -> Timings:
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> float | None:
-    return (end - start).total_seconds() if start and end else None
+    """At least 0: a worker that hears of a stop from the row closes the upstream before it takes the fence."""
+    return max(0.0, (end - start).total_seconds()) if start and end else None
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 from uuid import UUID
 
@@ -45,6 +46,7 @@ log = structlog.get_logger(__name__)
 REPLAY_CODE_POINTS: Final = 4096
 """How much text one event carries when it comes out of the database."""
 RETRY_SECONDS: Final = 0.5
+ALONE_SECONDS: Final = 1.0
 
 
 class Follower:
@@ -70,6 +72,7 @@ class Follower:
         self._closed = False
         self._finished = False
         self._gap = False
+        self._in_trouble = False
 
     @property
     def session_id(self) -> UUID:
@@ -105,12 +108,22 @@ class Follower:
             self._hub.arrive(self.session_id, abandonable=session.on_disconnect == OnDisconnect.TERMINATE)
             try:
                 if session.phase is StreamPhase.QUEUED and self._cursor == START:
-                    yield self._queued()
+                    with suppress(Unavailable):  # the stream goes on without it
+                        yield self._queued()
                 yield from self._live()
             finally:
                 self._hub.leave(self.session_id)
         else:
-            yield from self._from_database()
+            yield from self._ended()
+
+    def _ended(self) -> Iterator[bytes]:
+        """The whole; after a pause, where the database goes away in this very moment."""
+        while not self._is_over():
+            try:
+                yield from self._from_database()
+            except Unavailable:
+                yield COMMENT
+                time.sleep(RETRY_SECONDS)
 
     def _queued(self) -> bytes:
         position = self._queries.queue_position(self.session_id)
@@ -121,6 +134,9 @@ class Follower:
     def _live(self) -> Iterator[bytes]:
         while not self._is_over():
             try:
+                if not self._hub.healthy:
+                    yield from self._without_redis()
+                    continue
                 self._gap = False
                 yield from self._from_log()
                 if self._is_over():
@@ -130,13 +146,16 @@ class Follower:
                 else:
                     yield from self._from_hub()
             except (RedisError, Unavailable) as error:
-                log.warning("reader.waits", session_id=str(self.session_id), error=repr(error))
+                if self._hub.healthy and not self._in_trouble:  # else the hub has said it, once for all readers
+                    log.warning("reader.waits", session_id=str(self.session_id), error=repr(error))
+                self._in_trouble = True
                 yield from self._without_redis()
 
     def _from_log(self) -> Iterator[bytes]:
         """What the log has beyond the cursor, page by page, at the reader's own pace."""
         read_to = self._cursor
         while page := self._log.read(self.session_id, read_to):
+            self._in_trouble = False
             if piece := b"".join(self._advance(entry, None) for entry in page):
                 yield piece
             if self._is_over():
@@ -185,25 +204,30 @@ class Follower:
         return entry.after(offset).encode() if entry.is_text and entry.start < offset else encoded or entry.encode()
 
     def _without_redis(self) -> Iterator[bytes]:
-        """A pause; or, where the session has ended meanwhile, what the database has. The hub asks for all readers."""
-        yield COMMENT
-        subscription, _ = self._hub.attach(self.session_id, START)
-        self._subscription = subscription
+        """Wait until Redis can be read; or, where the session has ended meanwhile, what the database has.
+
+        The hub tries Redis, and asks the database, for all readers.
+        """
+        subscription = self._subscription = self._hub.wait_for_redis(self.session_id)
         try:
-            if self._closed:
-                return
-            _, signal = subscription.take(self._settings.database_check_seconds)
-            if signal is Signal.ENDED:
-                yield from self._from_database()
-            elif signal is Signal.CLOSED:
-                self._closed = True
-            else:
-                time.sleep(RETRY_SECONDS)
+            while not self._closed:
+                yield COMMENT
+                _, signal = subscription.take(self._patience_seconds())
+                if signal is Signal.ENDED:
+                    yield from self._from_database()
+                elif signal is Signal.CLOSED:
+                    self._closed = True
+                if signal is not None or self._hub.healthy:
+                    return
         except Unavailable:
             time.sleep(RETRY_SECONDS)
         finally:
             self._subscription = None
-            self._hub.detach(self.session_id, subscription)
+            self._hub.wait_no_longer(subscription)
+
+    def _patience_seconds(self) -> float:
+        """Until the next comment; until the next try, where this reader has trouble that the hub knows nothing of."""
+        return ALONE_SECONDS if self._hub.healthy else self._settings.keepalive_seconds
 
     # -- after the end -------------------------------------------------------------------------
 

@@ -21,16 +21,19 @@ import redis
 import structlog
 from redis.exceptions import RedisError
 
+from webapp.errors import Unavailable
 from webapp.streams.events import DONE_SEQ, START, LogEntry, Position
 from webapp.streams.keys import log_key, viewers_key, wake_key
 from webapp.streams.log import TokenLog
 
 log = structlog.get_logger(__name__)
 
-BLOCK_MS: Final = 2000
-"""Shorter than redis-py's socket time-out, or an idle read would be taken for a broken one."""
+BLOCK_MS: Final = 1000
+"""Shorter than the client's socket time-out, or an idle read would be taken for a broken one."""
 READ_ENTRIES: Final = 1000
 RETRY_SECONDS: Final = 0.25
+LOST_CHECK_SECONDS: Final = 1.0
+"""Between two questions to the database while Redis cannot be read: only it tells readers of endings then."""
 REPORT_PAUSE_SECONDS: Final = 0.1
 VIEWERS_FRESH_SECONDS: Final = 15
 VIEWERS_TTL_SECONDS: Final = 30
@@ -48,7 +51,7 @@ class Signal(Enum):
     """What a subscription gives besides entries."""
 
     BEHIND = auto()
-    """Entries were dropped because the follower was slow: read the log."""
+    """Entries were dropped because the follower was slow, or Redis can be read again: read the log."""
     ENDED = auto()
     """The database says that the session has ended: read the rest there."""
     CLOSED = auto()
@@ -132,6 +135,7 @@ class StreamHub:
         """Told at each report which sessions, of those that end when nobody watches, are being watched."""
         self._channels: dict[UUID, _Channel] = {}
         self._by_key: dict[bytes, _Channel] = {}
+        self._waiting: dict[Subscription, UUID] = {}
         self._id = uuid4().hex
         self._wake_last = "0-0"
         self._lock = threading.Lock()
@@ -140,6 +144,9 @@ class StreamHub:
         self._abandonable: set[UUID] = set()
         self._left: set[UUID] = set()
         self._report_due = threading.Event()
+        self._check_due = threading.Event()
+        self._trouble: set[str] = set()
+        self._lost_at = 0.0
         self._started = False
         self._closed = threading.Event()
         self.healthy = True
@@ -198,6 +205,24 @@ class StreamHub:
                 del self._channels[session_id]
                 del self._by_key[log_key(session_id).encode()]
 
+    def wait_for_redis(self, session_id: UUID) -> Subscription:
+        """Begin to wait: BEHIND once Redis can be read again, or ENDED, where the database says so before.
+
+        One process asks for all who wait: none of them needs to try by itself.
+        """
+        self._start()
+        subscription = Subscription(0)
+        with self._lock:
+            self._waiting[subscription] = session_id
+        if self._closed.is_set():
+            subscription.signal(Signal.CLOSED)
+        return subscription
+
+    def wait_no_longer(self, subscription: Subscription) -> None:
+        """What was begun with `wait_for_redis` is over."""
+        with self._lock:
+            self._waiting.pop(subscription, None)
+
     def wait_done(self, session_id: UUID, timeout_seconds: float) -> bool:
         """Block until a session's `done` is in its log; False where it does not come in time."""
         deadline = time.monotonic() + timeout_seconds
@@ -222,11 +247,11 @@ class StreamHub:
         """Let every reader go, so that the process can stop; they come back to another with their cursors."""
         self._closed.set()
         self._report_due.set()
+        self._check_due.set()
         with self._lock:
-            channels = list(self._channels.values())
-        for channel in channels:
-            for subscription in list(channel.subscriptions):
-                subscription.signal(Signal.CLOSED)
+            subscriptions = [*self._waiting, *(one for each in self._channels.values() for one in each.subscriptions)]
+        for subscription in subscriptions:
+            subscription.signal(Signal.CLOSED)
 
     @property
     def alive(self) -> bool:
@@ -267,8 +292,12 @@ class StreamHub:
         while not self._closed.is_set():
             try:
                 step()
-            except RedisError as error:
-                log.warning("hub.redis_lost", loop=name, error=repr(error))
+                self._trouble.discard(name)
+            except (RedisError, Unavailable) as error:
+                if name not in self._trouble:  # once, and not with every try
+                    lost = "hub.redis_lost" if isinstance(error, RedisError) else "hub.database_lost"
+                    log.warning(lost, loop=name, error=repr(error))
+                self._trouble.add(name)
                 time.sleep(RETRY_SECONDS)
             except Exception:
                 log.exception("hub.step_failed", loop=name)
@@ -276,13 +305,15 @@ class StreamHub:
 
     def _wake(self) -> None:
         """End the hub's blocking read, so that it looks at its channels again."""
+        if not self.healthy:
+            return  # it does not read, and looks when it does again
         try:
             pipe = self._redis.pipeline()
             pipe.xadd(wake_key(self._id), {"w": "1"}, maxlen=1)
             pipe.expire(wake_key(self._id), WAKE_TTL_SECONDS)
             pipe.execute()
         except RedisError:
-            log.warning("hub.wake_failed")  # the read ends by itself after BLOCK_MS
+            log.debug("hub.wake_failed")  # the read ends by itself after BLOCK_MS, and says so where Redis is lost
 
     def _read_once(self) -> None:
         wake = wake_key(self._id)
@@ -293,14 +324,30 @@ class StreamHub:
         try:
             answer: Any = self._redis.xread(streams, count=READ_ENTRIES, block=BLOCK_MS)
         except RedisError:
-            self.healthy = False
+            self._lose()
             raise
-        self.healthy = True
+        self._find()
         for key, entries in answer or ():
             if key == wake.encode():
                 self._wake_last = entries[-1][0].decode()
             elif (channel := self._by_key.get(key)) is asked[key] and channel is not None:
                 self._deliver(channel, entries)  # one that was made anew meanwhile begins elsewhere
+
+    def _lose(self) -> None:
+        if self.healthy:
+            self.healthy, self._lost_at = False, time.monotonic()
+            self._check_due.set()
+
+    def _find(self) -> None:
+        """Redis can be read again: say so to all who wait for that, and see at once what has ended meanwhile."""
+        if not self.healthy:
+            self.healthy = True
+            log.info("hub.redis_found", lost_seconds=round(time.monotonic() - self._lost_at, 1))
+            with self._lock:
+                waiting = list(self._waiting)
+            for subscription in waiting:
+                subscription.signal(Signal.BEHIND)
+            self._check_due.set()
 
     def _deliver(self, channel: _Channel, entries: Sequence[Any]) -> None:
         channel.heard_at = time.monotonic()
@@ -314,16 +361,22 @@ class StreamHub:
 
     def _check_once(self) -> None:
         """Ask the database about streams that are silent or cannot be read."""
-        if self._closed.wait(self._check_seconds):
+        check_seconds = self._check_seconds if self.healthy else min(self._check_seconds, LOST_CHECK_SECONDS)
+        all_of_them = self._check_due.wait(check_seconds) or not self.healthy
+        self._check_due.clear()
+        if self._closed.is_set():
             return
-        with self._lock:
-            channels = list(self._channels.values())
         since = time.monotonic() - self._check_seconds
-        silent = [channel.session_id for channel in channels if channel.heard_at < since or not self.healthy]
-        for session_id in self._ended_among(silent) if silent else ():
-            if channel := self._channels.get(session_id):
-                for subscription in list(channel.subscriptions):
-                    subscription.signal(Signal.ENDED)
+        asked: dict[UUID, list[Subscription]] = {}
+        with self._lock:
+            for subscription, session_id in self._waiting.items():
+                asked.setdefault(session_id, []).append(subscription)
+            for channel in self._channels.values():
+                if all_of_them or channel.heard_at < since:
+                    asked.setdefault(channel.session_id, []).extend(channel.subscriptions)
+        for session_id in self._ended_among(list(asked)) if asked else ():
+            for subscription in asked[session_id]:
+                subscription.signal(Signal.ENDED)
 
     def _report_once(self) -> None:
         """Say who is watching: as soon as somebody comes or goes, and again and again."""

@@ -7,6 +7,7 @@
 | `sg:{SESSION}:viewers` | hash: hub -> `COUNT:UNIX_SECONDS` of its last report | half a minute | hub |
 | `sg:workers` | sorted set: worker's node name by Unix seconds when it was last alive | a minute | workers |
 | `sg:reaper` | string: held while a pass of the reaper runs | ten seconds | reaper |
+| `sg:queue` | string: stands for the queue; where it is gone, so is the queue: Redis was emptied | a day | reaper |
 | `sg:hub:HUB:wake` | stream of one entry: wakes a hub's blocking read | a minute | hub |
 | `sg:limit:LIMITER/WHAT/WHO/RATE` | string: how often a user or an address did WHAT | the rate's window | limits |
 
@@ -49,6 +50,7 @@ def _key(session_id: UUID, part: str) -> str:
 
 
 REAPER_KEY = f"{_PREFIX}:reaper"
+QUEUE_KEY = f"{_PREFIX}:queue"
 WORKERS_KEY = f"{_PREFIX}:workers"
 LIMIT_PREFIX = f"{_PREFIX}:limit"
 """Of the counters of rates, whose names are completed by the library that counts."""

@@ -2,8 +2,9 @@
 
 Every verb is one Lua script, so it happens whole or not at all, and is safe to repeat, because
 redis-py repeats commands by itself when a connection breaks. On a missing state a verb answers
-ABSENT and makes nothing up; only OPEN, called after the row was read, creates a state. The names
-OPEN, APPEND, FENCE and FINISH are those of the model in `docs/model/`.
+ABSENT and makes nothing up; a state is created after the row was read, by OPEN, or with all its text
+by whoever has that: by REBUILD and, after the commit, FINISH. The names
+OPEN, APPEND, FENCE, FINISH and REBUILD are those of the model in `docs/model/`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ import redis
 from redis.exceptions import NoScriptError, ResponseError
 
 from webapp.errors import Unavailable
-from webapp.streams.events import DONE_SEQ, KIND_CODES, START, LogEntry, Position, phase_data
+from webapp.streams.events import (
+    DONE_SEQ,
+    KIND_CODES,
+    MESSAGE,
+    START,
+    THINKING,
+    LogEntry,
+    Position,
+    phase_data,
+)
 from webapp.streams.keys import log_key, state_key
 from webapp.streams.lifecycle import StreamPhase, TerminationReason
 
@@ -147,6 +157,18 @@ class TokenLog:
         """
         return self._call("open", _keys(session_id), (epoch, owner, live_seconds or self._live_seconds))
 
+    def rebuild(
+        self, session_id: UUID, epoch: int, owner: str, pieces: Sequence[Append], *, live_seconds: int
+    ) -> Answer:
+        """REBUILD: make a log that Redis has lost, with all its text, as one step, so that no fence finds less.
+
+        OK carries the end; STALE and FENCED as OPEN; BROKEN where the keys are not what they should be.
+        """
+        try:
+            return self._call("rebuild", _keys(session_id), (epoch, owner, live_seconds, *_pieces(pieces)))
+        except ResponseError as error:
+            return _answer_or_broken(error)
+
     def append(self, piece: Append) -> Answer:
         """APPEND one piece. OK carries the new end, BEHIND the end from which to resend."""
         return self.apply([piece])[0]
@@ -182,9 +204,21 @@ class TokenLog:
         args = (reason.value, "" if epoch is None else epoch, "" if expected_end is None else expected_end)
         return self._call("fence", _keys(session_id)[:1], args)
 
-    def finish(self, session_id: UUID, length: int, data: bytes, reason: TerminationReason) -> Answer:
-        """FINISH: put `done` after the text and let the log expire. BEHIND: the log is longer than that text."""
-        args = (length, DONE_SEQ, data, reason.value, self._retention_seconds)
+    def finish(
+        self,
+        session_id: UUID,
+        length: int,
+        data: bytes,
+        reason: TerminationReason,
+        lost: tuple[int, Sequence[Append]] | None = None,
+    ) -> Answer:
+        """FINISH: put `done` after the text and let the log expire. BEHIND: the log is longer than that text.
+
+        `lost`: the epoch and all text of a log that Redis has lost; without it, that is ABSENT.
+        """
+        args: list[Any] = [length, DONE_SEQ, data, reason.value, self._retention_seconds]
+        if lost is not None:
+            args += [lost[0], *_pieces(lost[1])]
         return self._call("finish", _keys(session_id), args)
 
     def renew(self, held: Sequence[tuple[UUID, int]]) -> list[tuple[UUID, Answer]]:
@@ -263,6 +297,13 @@ def _answer_or_broken(raw: Any) -> Answer:
     return _answer(raw)
 
 
+def appends_of(session_id: UUID, epoch: int, text: str, thinking_length: int, start: int = 0) -> list[Append]:
+    """The text from position `start` on as at most one append of each kind; thinking ends at `thinking_length`."""
+    cut = max(0, thinking_length - start)
+    pieces = ((THINKING, start, text[:cut]), (MESSAGE, start + len(text[:cut]), text[cut:]))
+    return [Append(session_id, epoch, begins, kind, piece) for kind, begins, piece in pieces if piece]
+
+
 def text_of(entries: Iterable[LogEntry]) -> tuple[str, int]:
     """The text of entries in order, and its thinking's length; entries may overlap in a log that was rebuilt."""
     pieces: list[str] = []
@@ -283,6 +324,10 @@ def _keys(session_id: UUID) -> tuple[str, str]:
 
 def _append_args(piece: Append) -> tuple[Any, ...]:
     return piece.epoch, piece.start, piece.end, KIND_CODES[piece.kind], piece.text
+
+
+def _pieces(pieces: Sequence[Append]) -> list[Any]:
+    return [word for piece in pieces for word in (piece.end, KIND_CODES[piece.kind], piece.text)]
 
 
 def _mark_args(mark: Mark) -> tuple[Any, ...]:

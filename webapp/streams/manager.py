@@ -29,9 +29,8 @@ from webapp.logs import bind, brief
 from webapp.models import StreamSession, now
 from webapp.streams import endings, rows
 from webapp.streams.admission import Admission, busy
-from webapp.streams.events import MESSAGE, THINKING
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
-from webapp.streams.log import Answer, Append, TokenLog, Verdict
+from webapp.streams.log import Answer, TokenLog, Verdict, appends_of
 from webapp.streams.ports import Assignment, NewMessage, Outcome, RequestKey, Rerun, TaskQueue
 from webapp.streams.queries import SessionQueries, done_data, session_view
 from webapp.streams.timing import Timeouts, look_again_at
@@ -41,6 +40,8 @@ log = structlog.get_logger(__name__)
 
 WITHOUT_REDIS_WAIT_SECONDS: Final = 10.0
 """That a terminate call waits for the worker's commit while Redis cannot be reached."""
+WITHOUT_REDIS_POLL_SECONDS: Final = 0.1
+WATCHED_BUSY_SECONDS: Final = 2.0
 
 
 class StreamSessionManager:
@@ -98,11 +99,20 @@ class StreamSessionManager:
         self, admit: Callable[[Session], StreamSession], key: RequestKey | None, conversation_id: UUID | None = None
     ) -> SessionView:
         self._require_redis()
+        begun: list[UUID] = []
+
+        def work(s: Session) -> StreamSession:
+            row = admit(s)
+            begun.append(row.id)
+            return row
+
         try:
-            row = self._database.write(admit)
+            row = self._database.write(work)
         except (IntegrityError, TooManyStreams, Unavailable, Conflict) as error:
+            if isinstance(error, Unavailable) and begun:
+                self._enqueue(begun[-1])  # it may have been written all the same; if not, nobody finds it
             if key and (same := self.repeated(key)):
-                return same  # its twin was quicker, and may have taken the last place
+                return same  # its twin was quicker, and may have taken the last place; or it is this very request's
             raise self._why_refused(conversation_id, error) from error
         # From here on the message is accepted: what fails now is made good by the reaper.
         bind(session_id=row.id, conversation_id=row.conversation_id)
@@ -114,10 +124,7 @@ class StreamSessionManager:
     def _open(self, row: StreamSession) -> None:
         """Make the log; one that goes on with a message opens with what that message has."""
         self._log.open(row.id, row.epoch, live_seconds=self._timeouts(row).live_seconds(self._settings))
-        cut, text = row.checkpoint_thinking_length, row.checkpoint
-        thinking, content = text[:cut], text[cut:]
-        pieces = [(THINKING, 0, thinking), (MESSAGE, len(thinking), content)]
-        self._log.apply([Append(row.id, row.epoch, start, kind, text) for kind, start, text in pieces if text])
+        self._log.apply(appends_of(row.id, row.epoch, row.checkpoint, row.checkpoint_thinking_length))
 
     def _timeouts(self, row: StreamSession) -> Timeouts:
         return Timeouts.of_session(row, self._settings)
@@ -150,27 +157,45 @@ class StreamSessionManager:
         return busy(active) if active or "conversation" in str(error.orig) else error
 
     def _enqueue(self, session_id: UUID) -> None:
-        self._try("enqueue", lambda: self._queue.enqueue(session_id), session_id)
+        if not self._try("enqueue", lambda: self._queue.enqueue(session_id), session_id):
+            # It is not in the queue, and nobody has to wait until it might have been forgotten there.
+            self._try("look again", lambda: self._look_again(session_id, now()), session_id)
 
-    def _try(self, step: str, action: Callable[[], object], session_id: UUID) -> None:
-        """Do what may fail without harm, because the reaper or a heartbeat makes it good; say so."""
+    def _look_again(self, session_id: UUID, at: datetime) -> None:
+        self._database.write(lambda s: rows.look_again(s, session_id, at))
+
+    def _try(self, step: str, action: Callable[[], object], session_id: UUID) -> bool:
+        """Do what may fail without harm, because the reaper or a heartbeat makes it good; say if it did."""
         try:
             action()
+            return True
         except Exception as error:
             log.warning("stream.step_failed", step=step, session_id=str(session_id), error=brief(error))
+            return False
 
     # -- claim ---------------------------------------------------------------------------------
 
-    def claim(self, session_id: UUID, owner: str) -> Assignment | None:
+    def claim(self, session_id: UUID, owner: str, tries: list[datetime] | None = None) -> Assignment | None:
         """CLAIM a session for a worker: once for each epoch, whoever else tries.
 
+        `tries` is kept by a caller that repeats a claim after `Unavailable`: the moments of its claims, by which one
+        that was written, but whose answer was lost, is known as its own.
+
         Returns None where there is nothing to do: it has ended, is owned, or was to be stopped (then it is ended here).
+
+        Raises:
+            Unavailable: it is not known whether the session was claimed.
         """
+        earlier = list(tries or ())
 
         def work(s: Session) -> Assignment | None:
             row, moment = rows.get(s, session_id), now()
+            if row is not None and rows.is_claimed_by(row, owner, earlier):
+                return self._assignment(s, row)
             if row is None or row.owner:
                 return None
+            if tries is not None:
+                tries.append(moment)
             due = self._timeouts(row).due_without_token(moment, row.claimed_at or moment)
             if not rows.claim(s, session_id, row.epoch, owner, moment, due):
                 return None
@@ -178,11 +203,14 @@ class StreamSessionManager:
             return self._assignment(s, row)
 
         row = self._database.read(lambda s: rows.get(s, session_id))
-        if row is not None and row.status == StreamStatus.ACTIVE and row.stop_reason and not row.owner:
+        if row is None:
+            log.warning("stream.unknown", session_id=str(session_id))
+            return None
+        if row.status == StreamStatus.ACTIVE and row.stop_reason and not row.owner:
             self.settle(session_id, TerminationReason(str(row.stop_reason)))
             return None
         assignment = self._database.write(work)
-        if assignment is not None and assignment.attempt == 1 and row is not None:
+        if assignment is not None and assignment.attempt == 1:
             metrics.stream_claimed((assignment.claimed_at - row.started_at).total_seconds())
         return assignment
 
@@ -220,12 +248,13 @@ class StreamSessionManager:
         """Put a session in the queue once more; a second claim of it finds nothing to do."""
         row = self._queries.row(session_id)
         again_at = look_again_at(now(), row.heartbeat_at or row.started_at, row.due_at)
-        self._database.write(lambda s: rows.look_again(s, session_id, again_at))
+        self._look_again(session_id, again_at)
         self._enqueue(session_id)
 
     def watched(self, session_ids: Sequence[UUID], until: datetime) -> None:
         """Somebody watches these: they do not count as abandoned before `until`."""
-        self._database.write(lambda s: rows.watched(s, session_ids, until))
+        # Who watches is also told to Redis, again and again, which must not wait for a database that is locked.
+        self._database.write(lambda s: rows.watched(s, session_ids, until), busy_seconds=WATCHED_BUSY_SECONDS)
 
     # -- the ending ----------------------------------------------------------------------------
 
@@ -238,15 +267,18 @@ class StreamSessionManager:
         Raises:
             Unavailable: the database did not answer; it is not known whether the ending was written.
         """
-        row = self._queries.row(session_id)
-        if row.epoch != epoch:
-            return False
-        return self._commit(row, _ending(_with_checkpoint(row, outcome)))
+        while (row := self._queries.row(session_id)).epoch == epoch:
+            if self._commit(row, _ending(_with_checkpoint(row, outcome))):
+                return True
+            if row.status != StreamStatus.ACTIVE:
+                break
+        return False
 
     def settle(self, session_id: UUID, reason: TerminationReason, *, detail: str | None = None) -> None:
         """End a session that no worker runs, or whose worker does not answer; returns once it has ended.
 
-        The final text is the longer of log and checkpoint: one is a prefix of the other.
+        The final text is the longer of log and checkpoint: one is a prefix of the other. Without Redis a session
+        that no worker has had yet is ended by the row alone, which has all its text.
 
         Raises:
             Unavailable: Redis or the database cannot be reached, so what was seen is not known; the
@@ -256,24 +288,28 @@ class StreamSessionManager:
             try:
                 ending = self._ending_of_unowned(row, reason, detail)
             except RedisError as error:
-                raise Unavailable("Redis cannot be reached; the stop is recorded and will take effect") from error
+                if row.claimed_at is not None:
+                    raise Unavailable("Redis cannot be reached; the stop is recorded and will take effect") from error
+                ending = _ending_of_unclaimed(row, reason, detail)
             if ending is not None:
                 self._commit(row, ending)
 
     def _ending_of_unowned(
         self, row: StreamSession, reason: TerminationReason, detail: str | None
     ) -> rows.Ending | None:
-        answer = self._log.fence(row.id, reason)
+        # At the row's epoch: in an emptied Redis somebody who was late may have made an empty state of an older one.
+        answer = self._log.fence(row.id, reason, epoch=row.epoch)
         if answer.verdict is Verdict.ABSENT:
             self._require_no_owner(row)
             self._log.open(row.id, row.epoch, live_seconds=self._timeouts(row).live_seconds(self._settings))
-            answer = self._log.fence(row.id, reason)
+            answer = self._log.fence(row.id, reason, epoch=row.epoch)
         if not answer.fenced:
             return None
         text, thinking_length = self._log.text(row.id)
         state = self._log.state(row.id)
-        if len(text) < answer.end and state is None:
-            return None  # Redis was emptied between the fence and the reading
+        stands = state is not None and state.fence is not None and state.end >= answer.end
+        if len(text) < answer.end and not stands:
+            return None  # Redis was emptied between the fence and the reading, and maybe a state made since
         if row.checkpoint_length > len(text):
             text, thinking_length = row.checkpoint, row.checkpoint_thinking_length
         phase = state.phase if state and row.claimed_at else StreamPhase(row.phase)
@@ -291,8 +327,6 @@ class StreamSessionManager:
         ids = {"session_id": row.id, "conversation_id": row.conversation_id}
         with tracing.span("commit", **ids, reason=ending.reason.value, length=len(ending.content)):
             won = self._database.write(lambda s: rows.commit(s, row, ending))
-        if won:
-            self._try("report", lambda: endings.report(self._queries.row(row.id), ending.stats), row.id)
         # Also where it was committed before: the answer to that commit may have been lost.
         if won or self._is_unpublished(row.id):
             self._try("publish", lambda: self.publish(row.id), row.id)
@@ -305,16 +339,22 @@ class StreamSessionManager:
     def publish(self, session_id: UUID) -> None:
         """FINISH: put `done` in the log, from the committed row, and note that it is there. Safe to repeat.
 
+        Whoever notes it tells the operator of the ending: the commit's answer may have been lost, or its process.
+
         Raises:
             RedisError, Unavailable: it is tried again by the reaper.
         """
-        row = self._queries.row(session_id)
-        answer = self._log.finish(
-            row.id, (row.length or 0) + (row.thinking_length or 0), done_data(row), TerminationReason(str(row.reason))
-        )
+        row, stats = self._queries.ending(session_id)
+        length, reason = (row.length or 0) + (row.thinking_length or 0), TerminationReason(str(row.reason))
+        answer = self._log.finish(row.id, length, done_data(row), reason)
+        if answer.verdict is Verdict.ABSENT:  # whoever still waits at the log learns of the end there
+            _, thinking, content, data = self._queries.final_text(row.id)
+            pieces = appends_of(row.id, row.epoch, thinking + content, len(thinking))
+            answer = self._log.finish(row.id, length, data, reason, lost=(row.epoch, pieces))
         if answer.verdict is Verdict.BEHIND:
             log.error("stream.log_beyond_commit", session_id=str(session_id), log_end=answer.end, committed=row.length)
-        self._database.write(lambda s: rows.published(s, session_id, now()))
+        if self._database.write(lambda s: rows.published(s, session_id, now())):
+            self._try("report", lambda: endings.report(row, stats), session_id)
 
     # -- terminate -----------------------------------------------------------------------------
 
@@ -352,7 +392,10 @@ class StreamSessionManager:
             if nudge:
                 self._nudge(row.id, row.owner, reason)
                 nudge = False
-            self._wait_ended(row.id, left)
+            if fence is None:
+                time.sleep(min(WITHOUT_REDIS_POLL_SECONDS, left))
+            else:
+                self._wait_ended(row.id, left)
             row = self._queries.row(row.id)
         if row.status == StreamStatus.ACTIVE:
             if not row.owner:
@@ -391,6 +434,13 @@ def _with_checkpoint(row: StreamSession, outcome: Outcome) -> Outcome:
     if row.checkpoint_length <= len(outcome.text):
         return outcome
     return replace(outcome, text=row.checkpoint, thinking_length=row.checkpoint_thinking_length)
+
+
+def _ending_of_unclaimed(row: StreamSession, reason: TerminationReason, detail: str | None) -> rows.Ending:
+    """Of a session that nobody has run: its text is what it began with. A claim meanwhile makes its commit void."""
+    answer = Answer(Verdict.FENCED, row.checkpoint_length, row.checkpoint_thinking_length, reason)
+    phase, text, thinking_length = StreamPhase(row.phase), row.checkpoint, row.checkpoint_thinking_length
+    return _ending(Outcome(answer, text, thinking_length, phase, upstream_closed_at=None, detail=detail))
 
 
 def _ending(outcome: Outcome) -> rows.Ending:

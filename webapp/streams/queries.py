@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -28,6 +29,7 @@ class SessionQueries:
     def __init__(self, database: Database, token_log: TokenLog) -> None:
         self._database = database
         self._log = token_log
+        self._redis_answers = True
         self.count_viewers: Callable[[Sequence[UUID]], list[int]] = lambda ids: [0] * len(ids)
         """How many readers each session has; set to the hub's."""
 
@@ -128,6 +130,21 @@ class SessionQueries:
             raise NotFound(f"There is no stream {session_id} that you can see")
         return row
 
+    def ending(self, session_id: UUID) -> tuple[StreamSession, dict[str, Any]]:
+        """The row of a session that has ended, and the upstream's own figures.
+
+        Raises:
+            NotFound: there is none.
+        """
+
+        def work(s: Session) -> tuple[StreamSession, dict[str, Any]]:
+            row = rows.get(s, session_id)
+            if row is None:
+                raise NotFound(f"There is no stream {session_id} that you can see")
+            return row, s.scalar(select(Message.stats).where(Message.id == row.message_id)) or {}
+
+        return self._database.read(work)
+
     def _view_all(self, found: Sequence[StreamSession]) -> list[SessionView]:
         active = [row.id for row in found if row.status == StreamStatus.ACTIVE]
         states: dict[UUID, LogState | None] = {}
@@ -136,8 +153,11 @@ class SessionQueries:
             try:
                 states = dict(zip(active, self._log.states(active), strict=True))
                 viewers = dict(zip(active, self.count_viewers(active), strict=True))
-            except RedisError:
-                log.warning("views.without_redis", sessions=len(active))
+                self._redis_answers = True
+            except RedisError as error:
+                if self._redis_answers:  # once, and not with every call
+                    log.warning("views.without_redis", error=repr(error))
+                self._redis_answers = False
         return [session_view(row, states.get(row.id), viewers.get(row.id, 0)) for row in found]
 
 

@@ -138,11 +138,19 @@ def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime, du
     )
 
 
+def is_claimed_by(row: StreamSession, owner: str, moments: Sequence[datetime]) -> bool:
+    """Whether the last that happened to an ACTIVE row is a claim of `owner` at one of these moments."""
+    return row.status == ACTIVE and row.owner == owner and row.heartbeat_at in moments
+
+
 def release(s: Session, session_id: UUID, epoch: int, due: Due | None = None) -> bool:
-    """From owned at `epoch` to nobody's, so that another may claim it at the next; `due` None: as it was."""
+    """From owned at `epoch` to nobody's, so that another may claim it at the next; `due` None: its worker was lost,
+    which is counted, and it is due when it was."""
     owned = is_active(session_id, epoch) & StreamSession.owner.is_not(None)
     values: dict[str, Any] = {"owner": None, "requeue_at": None}
-    if due is not None:
+    if due is None:
+        values |= {"losses": StreamSession.losses + 1}
+    else:
         values |= {"due_at": due.at, "due_reason": due.reason.value}
     return _changes(s, update(StreamSession).where(owned).values(values))
 
@@ -159,7 +167,8 @@ def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str
 def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
     """COMMIT: from ACTIVE at the epoch of `row` to its end, with the message, in one transaction.
 
-    Returns False, having written nothing, where the session has ended or moved to another epoch.
+    Returns False, having written nothing, where the session has ended or moved to another epoch, or has a checkpoint
+    that is longer than that text.
     """
     status = ending.reason.status
     ended = (
@@ -168,6 +177,7 @@ def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
             StreamSession.id == row.id,
             StreamSession.epoch == row.epoch,
             StreamSession.status.in_([source.value for source in sources_of(status)]),
+            StreamSession.checkpoint_length <= len(ending.text),
         )
         .values(
             status=status.value,
@@ -199,12 +209,13 @@ def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
     return True
 
 
-def published(s: Session, session_id: UUID, at: datetime) -> None:
-    """Note that `done` is in the log, or that the log is gone and the database serves."""
-    s.execute(
+def published(s: Session, session_id: UUID, at: datetime) -> bool:
+    """Note that `done` is in the log, or that the log is gone and the database serves; once."""
+    return _changes(
+        s,
         update(StreamSession)
         .where(StreamSession.id == session_id, StreamSession.status != ACTIVE, StreamSession.published_at.is_(None))
-        .values(published_at=at)
+        .values(published_at=at),
     )
 
 
@@ -312,6 +323,13 @@ def unpublished(s: Session, before: datetime, limit: int) -> list[UUID]:
 def look_again(s: Session, session_id: UUID, at: datetime) -> None:
     """Note when the reaper is to look at a session that nobody has claimed by then."""
     s.execute(update(StreamSession).where(is_active(session_id)).values(requeue_at=at))
+
+
+def look_at_all(s: Session, at: datetime) -> int:
+    """Have the reaper look now at all sessions that nobody has claimed; how many would have had to wait."""
+    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None) & (StreamSession.requeue_at > at)
+    found: Any = s.execute(update(StreamSession).where(where).values(requeue_at=at))
+    return int(found.rowcount)
 
 
 def lock_user(s: Session, user_id: UUID) -> None:

@@ -1,0 +1,67 @@
+"""Those who publish and consume, on a real Valkey that goes away or says nothing: nobody waits for it for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import pytest
+from kombu.exceptions import OperationalError
+
+from tests.integration.world import CLOSED_REDIS, make_settings
+from tests.services import ValkeyServer, valkey_server
+from webapp.models import new_id
+from webapp.queue import ANSWER_SECONDS, CeleryQueue, make_celery
+from webapp.streams.lifecycle import TerminationReason
+
+PUBLISHERS = 10
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[ValkeyServer]:
+    server = valkey_server(tmp_path / "valkey", name="own-valkey")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def queue(own_valkey: ValkeyServer, tmp_path: Path) -> CeleryQueue:
+    """One that has published on several connections at once, which are in its pool."""
+    settings = make_settings("sqlite:///unused.db", own_valkey.url, tmp_path, celery_broker_url=own_valkey.url)
+    queue = CeleryQueue(make_celery(settings, publisher=True, set_as_current=False))
+    with ThreadPoolExecutor(PUBLISHERS) as pool:
+        list(pool.map(lambda _: queue.enqueue(new_id()), range(PUBLISHERS)))
+    return queue
+
+
+@pytest.mark.parametrize("strike", [ValkeyServer.kill, ValkeyServer.pause])
+def test_who_publishes_is_not_kept_waiting(
+    own_valkey: ValkeyServer, queue: CeleryQueue, strike: Callable[[ValkeyServer], None]
+) -> None:
+    """Not by an entry of the queue, nor by remote control, of which kombu's own would try until it succeeds."""
+    session_id = new_id()
+    calls: list[Callable[[], None]] = [
+        lambda: queue.enqueue(session_id),
+        lambda: queue.revoke(session_id),
+        lambda: queue.nudge(session_id, "worker@host", TerminationReason.USER),
+    ]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        strike(own_valkey)
+        try:
+            given_up, waiting = wait([pool.submit(call) for call in calls], 2 * ANSWER_SECONDS)
+        finally:  # whoever waits all the same is let go, for the test to end
+            own_valkey.resume()
+            own_valkey.start()
+    assert not waiting
+    assert all(one.exception() for one in given_up)
+
+
+def test_who_consumes_tries_again_every_second(tmp_path: Path) -> None:
+    """However long the broker has been away: a worker, or beat, is not to find out half a minute late."""
+    app = make_celery(make_settings("sqlite:///unused.db", CLOSED_REDIS, tmp_path, celery_broker_url=CLOSED_REDIS))
+    pauses_seconds: list[float] = []
+    with app.connection_for_read() as connection, pytest.raises(OperationalError):
+        connection.ensure_connection(lambda error, seconds: pauses_seconds.append(seconds), max_retries=3)
+    assert pauses_seconds == [1.0] * 3

@@ -1,0 +1,66 @@
+"""Connections to PostgreSQL that do not wait for ever.
+
+psycopg waits for an answer until the kernel calls the connection broken. Where the server is frozen, or the network
+swallows what is sent, that is many minutes or never. Here every wait ends with the deadline of whoever waits, and the
+connection with it: an answer that comes later must not be taken for that to another question.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import psycopg
+from psycopg.abc import RV, PQGen
+from sqlalchemy import Engine, event
+
+from webapp.deadline import seconds_left
+
+NO_ANSWER: Final = "the server did not answer in time"
+LEAST_CONNECT_SECONDS: Final = 2
+"""That psycopg gives an attempt to connect, whatever it is told."""
+_INTERVAL_SECONDS: Final = 0.1
+"""Between two looks at whether the process was interrupted, as psycopg has it."""
+
+
+class TimedConnection(psycopg.Connection[Any]):
+    """Waits no longer than its caller may; closed by then, so that SQLAlchemy takes it for broken."""
+
+    def wait(self, gen: PQGen[RV], interval: float = _INTERVAL_SECONDS, timeout: float | None = None) -> RV:
+        left_seconds = seconds_left()
+        if left_seconds == math.inf:
+            return super().wait(gen, interval, timeout)
+        try:
+            return super().wait(gen, interval, left_seconds)
+        except psycopg.OperationalError:
+            if seconds_left():
+                raise
+            self.close()
+            raise psycopg.OperationalError(NO_ANSWER) from None
+
+
+def limit_waits(engine: Engine, timeout_seconds: float) -> None:
+    """Have an engine's connections end with the deadline; and the server end by itself what nobody waits for.
+
+    Otherwise a transaction whose client has gone without a word would keep its locks until the kernel noticed.
+    """
+
+    def connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> TimedConnection:
+        left_seconds = seconds_left()
+        if left_seconds < LEAST_CONNECT_SECONDS:
+            raise psycopg.OperationalError(NO_ANSWER)
+        if left_seconds < math.inf:
+            options = options | {"connect_timeout": int(left_seconds)}
+        return TimedConnection.connect(*arguments, **options)
+
+    def limit_server(connection: TimedConnection, _: Any) -> None:
+        names = ("statement_timeout", "idle_in_transaction_session_timeout")
+        limit = f"{timeout_seconds * 1000:.0f}ms"
+        connection.autocommit = True
+        connection.execute(
+            "SELECT set_config(%s, %s, false), set_config(%s, %s, false)", (names[0], limit, names[1], limit)
+        )
+        connection.autocommit = False
+
+    event.listen(engine, "do_connect", connect)
+    event.listen(engine, "connect", limit_server)
