@@ -79,10 +79,36 @@ bench-stability: install ## Measure what streams leave behind, and what each tak
 bench-reaper: install ## Measure a pass of the reaper beside a million ended sessions
 	$(BIN)/python -m bench.reaper $(ARGS)
 
+.PHONY: chaos
+chaos: install ## Break one thing after another under load, and audit every stream; ARGS="--seed 7 --minutes 10"
+	$(BIN)/python -m bench.chaos $(ARGS)
+
 .PHONY: fuzz
-fuzz: install ## Ask the API for whatever its documents allow, for some minutes; SLUICEGATE_FUZZ_SEED=7 repeats a run
-	SLUICEGATE_FUZZ_EXAMPLES=$${SLUICEGATE_FUZZ_EXAMPLES:-200} SLUICEGATE_FUZZ_SECONDS=$${SLUICEGATE_FUZZ_SECONDS:-300} \
-	  SLUICEGATE_FUZZ_SEED=$${SLUICEGATE_FUZZ_SEED:-$$$$} $(BIN)/python -m pytest -s tests/functional/test_schema.py
+fuzz: fuzz-parser fuzz-log fuzz-protocol fuzz-http ## Tell each part whatever it may be told; SLUICEGATE_FUZZ_SEED=7 repeats a run
+
+# Each fuzzer by itself: how many examples it tries, unless SLUICEGATE_FUZZ_EXAMPLES says otherwise. The seed is printed.
+define fuzzed
+SLUICEGATE_FUZZ_EXAMPLES=$${SLUICEGATE_FUZZ_EXAMPLES:-$(1)} SLUICEGATE_FUZZ_SEED=$${SLUICEGATE_FUZZ_SEED:-$$$$} \
+  sh -c 'echo "SLUICEGATE_FUZZ_SEED=$$SLUICEGATE_FUZZ_SEED"; exec "$$@"' fuzz \
+  $(BIN)/python -m pytest --hypothesis-show-statistics $(2)
+endef
+
+.PHONY: fuzz-parser
+fuzz-parser: install ## Tell the upstream's parser anything: 10,000 answers in each of three ways
+	$(call fuzzed,10000,tests/unit/test_ollama_fuzz.py)
+
+.PHONY: fuzz-log
+fuzz-log: install ## Call the token log's verbs in any order: 10,000 sequences beside a model of it
+	$(call fuzzed,10000,tests/integration/test_token_log_fuzz.py)
+
+.PHONY: fuzz-http
+fuzz-http: install ## Ask REST and GraphQL for whatever their documents allow, 10,000 times each, and see what it leaves behind
+	SLUICEGATE_FUZZ_CASES=$${SLUICEGATE_FUZZ_CASES:-10000} SLUICEGATE_FUZZ_SECONDS=$${SLUICEGATE_FUZZ_SECONDS:-300} \
+	  $(call fuzzed,200,-s tests/functional/test_schema.py)
+
+.PHONY: fuzz-protocol
+fuzz-protocol: install ## Explore the stop protocol: 10,000 orders of its steps; SLUICEGATE_FUZZ_SECONDS=1800 ends sooner
+	$(call fuzzed,10000,tests/integration/test_protocol_machine.py)
 
 .PHONY: lock
 lock: ## Write constraints.txt anew, with the newest version of everything

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.functional.nodes import Stack
-from tests.services import postgres_server, stop_everything, valkey_server
+from tests.services import PostgresServer, postgres_server, stop_everything, valkey_server
 from tests.upstream import UpstreamProcess
 
 
@@ -19,33 +19,38 @@ class Rig:
 
     stack: Stack
     upstream: UpstreamProcess
+    postgres: PostgresServer
 
 
 @contextmanager
-def running(*, workers: int = 1, settings: Mapping[str, str] | None = None) -> Iterator[Rig]:
-    """Web, workers, reaper and beat over PostgreSQL, for the block's time; `settings`: environment variables."""
+def running(*, workers: int = 1, webs: int = 1, settings: Mapping[str, str] | None = None) -> Iterator[Rig]:
+    """Webs, workers, reaper and beat over PostgreSQL, for the block's time; `settings`: environment variables."""
     with tempfile.TemporaryDirectory(prefix="sluicegate-bench-") as name:
         directory = Path(name)
         try:
-            yield _start(directory, workers, settings or {})
+            yield start(directory, workers=workers, webs=webs, settings=settings or {})
         finally:
             stop_everything()
 
 
-def _start(directory: Path, workers: int, settings: Mapping[str, str]) -> Rig:
+def start(directory: Path, *, workers: int, webs: int, settings: Mapping[str, str]) -> Rig:
+    """Start it all, with logs and data in `directory`; whoever calls sees to its end."""
     upstream = UpstreamProcess(directory / "upstream.log")
     upstream.start()
+    postgres = postgres_server(directory / "postgres.log")
     stack = Stack(
         directory,
-        database_url=postgres_server(directory / "postgres.log").create_database(),
+        database_url=postgres.create_database(),
         valkey=valkey_server(directory / "valkey", append_only=True),
         upstream_url=upstream.url,
         settings=settings,
     )
     stack.release()
-    for _ in range(workers):
-        stack.start_worker()
+    started = [stack.start_worker(wait=False) for _ in range(workers)]
     stack.start_reaper()
     stack.start_beat()
-    stack.start_web()
-    return Rig(stack, upstream)
+    for _ in range(webs):
+        stack.start_web()
+    for worker in started:
+        worker.ready()
+    return Rig(stack, upstream, postgres)
