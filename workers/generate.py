@@ -501,7 +501,7 @@ class Generation:
     def _flush_all(self, deadline: float) -> bool:
         """Wait until the log has everything, or refuses; False where it does not come to that in time."""
         while self.pending() or self.log_lost:
-            if self._fence_unknown or (left := deadline - time.monotonic()) <= 0:
+            if self._lost or self._fence_unknown or (left := deadline - time.monotonic()) <= 0:
                 return False
             self._flushed.clear()
             self._ports.flusher.submit(self)
