@@ -38,8 +38,8 @@ class Options:
     def load(self) -> schedule.Load:
         """A run with few stops has more of those streams in which a stop finds most to do."""
         if self.short:
-            return schedule.Load(self.streams, (3.0, 20.0), 0.2)
-        return schedule.Load(self.streams, (5.0, 90.0), 0.04)
+            return schedule.Load(self.streams, (3.0, 20.0), (2.0, 5.0), 0.2)
+        return schedule.Load(self.streams, (20.0, 180.0), (0.5, 2.5), 0.02)
 
     def faults(self) -> Iterator[schedule.FaultPlan]:
         """As many are struck as the minutes allow."""
@@ -47,7 +47,7 @@ class Options:
             every = schedule.faults(self.seed, self.lease_seconds, (0.1, 0.4), (0.5, 1.5), once=True)
             every = itertools.islice(every, len(schedule.FAULTS))
         else:
-            every = schedule.faults(self.seed, self.lease_seconds, (0.3, 1.5), (1.0, 3.0), once=False)
+            every = schedule.faults(self.seed, self.lease_seconds, (0.1, 0.5), (1.0, 2.0), once=False)
         return (fault for fault in every if not self.only or fault.kind.startswith(self.only))
 
 

@@ -54,6 +54,8 @@ class Load:
     """Streams at once."""
     life_seconds: tuple[float, float]
     """How long a stream's model speaks, at least and at most, unless it is stopped."""
+    paces: tuple[float, float]
+    """Tokens a second of most models, at least and at most."""
     fast_share: float
     """Of models that say so much that a stop is sure to meet a token on its way."""
 
@@ -110,7 +112,7 @@ def streams(seed: int, slot: int, load: Load) -> Iterator[StreamPlan]:
 
 def _stream(draw: random.Random, slot: int, ordinal: int, load: Load, pause_seconds: float) -> StreamPlan:
     seconds = draw.uniform(*load.life_seconds)
-    model = _model(draw, f"{slot}.{ordinal}", seconds, load.fast_share)
+    model = _model(draw, f"{slot}.{ordinal}", seconds, load)
     stop = None
     if draw.random() < STOPPED_SHARE:
         stop = draw.uniform(0, 1) if draw.random() < EARLY_STOP_SHARE else draw.uniform(0.5, seconds)
@@ -126,9 +128,9 @@ def _stream(draw: random.Random, slot: int, ordinal: int, load: Load, pause_seco
     )
 
 
-def _model(draw: random.Random, name: str, seconds: float, fast_share: float) -> str:
+def _model(draw: random.Random, name: str, seconds: float, load: Load) -> str:
     """A script of the tests' upstream that lasts about so long."""
-    pace = FAST_PACE if draw.random() < fast_share else round(draw.uniform(2, 5), 1)
+    pace = FAST_PACE if draw.random() < load.fast_share else round(draw.uniform(*load.paces), 1)
     tokens = max(5, round(seconds * pace))
     words = [f"name=c{name}", f"pace={pace}", f"tokens={tokens}"]
     if draw.random() < 0.5:

@@ -172,7 +172,8 @@ class Generation:
         end = (transcript.length if everything else transcript.acknowledged) if with_text else self.checkpointed
         delta = transcript.between(self.checkpointed, end) if end > self.checkpointed else ""
         thinking_length = min(transcript.thinking_length, self.checkpointed + len(delta))
-        return Beat(self.session_id, self.epoch, self.checkpointed, delta, thinking_length, self._due())
+        owner = "" if self._handing_over else self.owner  # what is given up is not to be taken back
+        return Beat(self.session_id, self.epoch, self.checkpointed, delta, thinking_length, self._due(), owner)
 
     # -- the flusher's source ------------------------------------------------------------------
 

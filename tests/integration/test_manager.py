@@ -1026,6 +1026,25 @@ class TestBeat:
         world.database.write(lambda s: rows.record_stop(s, worker.session_id, ADMIN, None, now()))
         assert self.beat(world, worker, 0, "").stop_reason is ADMIN
 
+    def test_a_worker_that_was_taken_for_lost_has_its_session_back(self, world: World) -> None:
+        """It was only slow, and nobody has claimed it since: the message that was queued for another finds it owned."""
+        worker = world.run()
+        world.manager.give_up(worker.session_id, 1, lost=True)
+        assert world.row(worker.session_id).owner is None
+        world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER)])
+        assert world.row(worker.session_id).owner is None
+        world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER, "worker@one")])
+        assert world.row(worker.session_id).owner == "worker@one"
+        assert world.manager.claim(worker.session_id, "worker@two") is None
+
+    def test_but_not_what_another_has_claimed(self, world: World) -> None:
+        worker = world.run()
+        world.manager.give_up(worker.session_id, 1, lost=True)
+        assert world.manager.claim(worker.session_id, "worker@two") is not None
+        assert world.manager.beat([Beat(worker.session_id, 1, 0, "", 0, LATER, "worker@one")]) == []
+        world.manager.beat([Beat(worker.session_id, 2, 0, "", 0, LATER, "worker@three")])
+        assert world.row(worker.session_id).owner == "worker@two"
+
     def test_what_has_ended_does_not_answer_and_is_not_touched(self, world: World) -> None:
         worker = world.run()
         worker.end()

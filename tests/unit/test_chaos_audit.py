@@ -61,7 +61,7 @@ def found(stream: Stream, seen: Seen, row: SimpleNamespace) -> set[str]:
 
 
 def test_a_seed_is_one_schedule() -> None:
-    load = schedule.Load(5, (5.0, 90.0), 0.1)
+    load = schedule.Load(5, (5.0, 90.0), (2.0, 5.0), 0.1)
 
     def drawn(seed: int) -> list[object]:
         faults = schedule.faults(seed, 3.0, (0.1, 0.4), (1.0, 3.0), once=False)

@@ -63,7 +63,10 @@ class Ending:
 @dataclass(frozen=True, slots=True)
 class Beat:
     """A heartbeat of one session, with the text since its last checkpoint: the code points from `start` on; and
-    when the worker is going to end it by itself, which another does where that worker is lost."""
+    when the worker is going to end it by itself, which another does where that worker is lost.
+
+    `owner` takes back what it was taken for lost with, where nobody has claimed that since.
+    """
 
     session_id: UUID
     epoch: int
@@ -71,6 +74,7 @@ class Beat:
     delta: str
     thinking_length: int
     due: Due
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +241,7 @@ def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
             f"t{n}": one.thinking_length,
             f"u{n}": one.due.at,
             f"r{n}": one.due.reason.value,
+            f"o{n}": one.owner,
         }
         values |= row
         rows.append("(" + ", ".join(f":{name}" for name in row) + ")")
@@ -252,14 +257,15 @@ def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
 
 _CASTS = {
     "postgresql": "(CAST(NULL AS uuid), CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS text), CAST(NULL AS int), "
-    "CAST(NULL AS timestamptz), CAST(NULL AS text)), "
+    "CAST(NULL AS timestamptz), CAST(NULL AS text), CAST(NULL AS text)), "
 }
 # `WITH … (VALUES …)` is understood by both databases. PostgreSQL takes a VALUES column's type from its
 # first row; a row of NULLs that matches nothing tells it.
 _BEAT = """
-WITH beat (id, epoch, start, delta, thinking, due_at, due_reason) AS (VALUES {cast}{rows})
+WITH beat (id, epoch, start, delta, thinking, due_at, due_reason, owner) AS (VALUES {cast}{rows})
 UPDATE stream_sessions SET
   heartbeat_at = :at,
+  owner = COALESCE(stream_sessions.owner, NULLIF(beat.owner, '')),
   due_at = beat.due_at,
   due_reason = beat.due_reason,
   checkpoint = CASE WHEN checkpoint_length = beat.start THEN checkpoint || beat.delta ELSE checkpoint END,
