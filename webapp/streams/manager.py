@@ -366,7 +366,8 @@ class StreamSessionManager:
 
         Raises:
             NotFound: there is no such session.
-            Unavailable: the stop is recorded, but what ends it cannot be reached now.
+            Unavailable: the stop is recorded, but what ends it cannot be reached now; or its worker has claimed it
+                and said nothing to Redis yet, which looks like a Redis that was emptied.
         """
         with tracing.span("stop", session_id=session_id, reason=reason.value):
             row = self._record(session_id, reason, by)
