@@ -84,7 +84,8 @@ def deliver(stack: Stack, *arguments: Any, times: int = 1, task_id: str | None =
 def consumed(stack: Stack) -> None:
     """Every message has been taken and acknowledged."""
     with redis.Redis.from_url(stack.valkey.url, protocol=2) as broker:
-        wait_until(lambda: not broker.llen(GENERATE_QUEUE) and not broker.hlen("unacked"), 15, "the queue is empty")
+        # kombu looks for messages whose visibility has ended now and then only
+        wait_until(lambda: not broker.llen(GENERATE_QUEUE) and not broker.hlen("unacked"), 45, "the queue is empty")
 
 
 def said(stack: Stack, event: str) -> list[dict[str, Any]]:
