@@ -47,8 +47,7 @@ def start(directory: Path, *, workers: int, webs: int, settings: Mapping[str, st
     )
     stack.release()
     started = [stack.start_worker(wait=False) for _ in range(workers)]
-    stack.start_reaper()
-    stack.start_beat()
+    stack.start_recovery()
     for _ in range(webs):
         stack.start_web()
     for worker in started:

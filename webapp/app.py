@@ -6,9 +6,9 @@ import os
 import secrets
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import redis
-from apiflask import APIFlask
 from celery import Celery
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -23,7 +23,6 @@ from webapp.database import Database, configure_database, open_database
 from webapp.limits import Limits
 from webapp.logs import configure_logs
 from webapp.metrics import Exposition
-from webapp.migrate import configure_migrations
 from webapp.models import now
 from webapp.queue import CeleryQueue, Workers, make_celery, make_hurried_redis, make_redis
 from webapp.streams.hub import StreamHub
@@ -34,6 +33,9 @@ from webapp.streams.recovery import Reaper
 from webapp.streams.timing import Timeouts
 from webapp.tracing import configure_tracing
 from webapp.upstream import Upstream
+
+if TYPE_CHECKING:
+    from apiflask import APIFlask
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Services:
 
 def create_app(settings: Settings) -> APIFlask:
     """The web application. It connects to nothing until it is asked something."""
+    from apiflask import APIFlask  # as the faces: workers and commands start without them
+
     from webapp.graphql import configure_graphql
     from webapp.pages import pages
     from webapp.rest import configure_rest
@@ -91,7 +95,6 @@ def make_services(settings: Settings) -> Services:
 
 def _wire(app: Flask, settings: Settings) -> Services:
     configure_database(app, settings)
-    configure_migrations(app)
     database = open_database(app, settings)
     client = make_redis(settings)
     token_log = make_token_log(client, settings)

@@ -81,7 +81,7 @@ def module_stack(
         stack.keep()
         yield stack
     finally:
-        stack.stop()
+        stack.stop(timeout_seconds=0)  # how they end when asked to is for tests of it
         stack.valkey.stop()
 
 
@@ -90,6 +90,12 @@ def stack(module_stack: Stack, upstream: UpstreamProcess) -> Stack:
     """The module's system, whole again whatever the test before has done to it, over an upstream without a past."""
     module_stack.heal()
     return module_stack
+
+
+@pytest.fixture
+def recovery(stack: Stack) -> None:
+    """With a reaper and beat, for modules that ask for it by `usefixtures`."""
+    stack.start_recovery()
 
 
 @pytest.fixture

@@ -375,13 +375,18 @@ class Stack:
         queue = _option(process.command, "-Q") or ""
         return WorkerNode(WorkerContainer(process, identity=identity, queue=queue), None)
 
-    def start_reaper(self, *, settings: Mapping[str, str] | None = None) -> LocalProcess:
+    def start_reaper(self) -> LocalProcess:
         """Start the worker of the maintenance queue, and wait until it consumes."""
-        return self._start_other("reaper", settings, _WorkerProcess)
+        return self._start_other("reaper", None, _WorkerProcess)
 
-    def start_beat(self, *, settings: Mapping[str, str] | None = None) -> LocalProcess:
+    def start_beat(self) -> LocalProcess:
         """Start beat, and wait until it says so."""
-        return self._start_other("beat", settings, _BeatProcess)
+        return self._start_other("beat", None, _BeatProcess)
+
+    def start_recovery(self) -> None:
+        """Start both: somebody recovers what is lost, and ends what is over."""
+        self.start_reaper()
+        self.start_beat()
 
     def start_flower(self) -> LocalProcess:
         """Start Flower on a port of its own, with the credentials `owner:flower`, and wait until it answers."""
@@ -389,7 +394,8 @@ class Stack:
         return self._start_other("flower", settings, _FlowerProcess)
 
     def _start_other(self, name: str, settings: Mapping[str, str] | None, kind: type[LocalProcess]) -> LocalProcess:
-        process = self._process(name, name, settings=settings, kind=kind)
+        """One of each kind: a second start finds the first."""
+        process = self.others.get(name) or self._process(name, name, settings=settings, kind=kind)
         process.start()
         process.await_ready()
         self.others[name] = process

@@ -48,8 +48,7 @@ def stack_settings() -> Mapping[str, str]:
 def module_stack(module_stack: Stack) -> Stack:
     """With a reaper, and a second web process where streams end with their readers unless a request says otherwise."""
     module_stack.start_web(settings={"SLUICEGATE_ON_DISCONNECT": "terminate"})
-    module_stack.start_reaper()
-    module_stack.start_beat()
+    module_stack.start_recovery()
     module_stack.keep()
     return module_stack
 

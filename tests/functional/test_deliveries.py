@@ -135,8 +135,7 @@ def test_one_that_comes_after_the_end(stack: Stack, client: Client, upstream: Up
 
 def test_one_that_comes_after_another_has_taken_over(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
     """The first worker's message, once more, while the second goes on: it goes on."""
-    stack.start_reaper()
-    stack.start_beat()
+    stack.start_recovery()
     model = "name=taken,pace=10,tokens=150,alphabet=mixed"
     session = client.post_message("go on", model=model)
     reader = client.follow(session["sessionId"])
@@ -157,8 +156,7 @@ def test_one_whose_task_was_revoked_before_its_worker_was_lost(
     stack: Stack, client: Client, upstream: UpstreamProcess
 ) -> None:
     """Workers remember what was revoked, and drop the message by which another would take it over: it ends as that."""
-    stack.start_reaper()
-    stack.start_beat()
+    stack.start_recovery()
     session = client.post_message("go on", model="name=revoked,pace=10,tokens=1000,alphabet=mixed")
     reader = client.follow(session["sessionId"])
     reader.wait_for_text(40)
@@ -209,8 +207,7 @@ def test_one_that_was_taken_by_somebody_who_died(stack: Stack, client: Client, u
         assert (broker.llen(GENERATE_QUEUE), broker.hlen("unacked")) == (0, 1)
         for worker in stack.workers:
             worker.container.restart()
-        stack.start_reaper()
-        stack.start_beat()
+        stack.start_recovery()
         assert_ran_once(stack, upstream, session, reader)
         assert broker.hlen("unacked") == 1
         ((tag, taken_at),) = broker.zrange("unacked_index", 0, -1, withscores=True)

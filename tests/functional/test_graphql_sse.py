@@ -110,7 +110,8 @@ def test_the_lock_file_names_no_registry() -> None:
 
 
 def test_from_the_start_to_done(client: Client, subscribe: Subscribe) -> None:
-    session = client.post_message("hello", model=MIXED)
+    # Both are there before the first token: who comes later gets what lies behind in larger pieces.
+    session = client.post_message("hello", model=f"{MIXED},load_seconds=1.5")
     subscriber, reader = subscribe(session["sessionId"]), client.follow(session["sessionId"])
     done = subscriber.wait_until_complete()
     message = client.message(session)

@@ -14,7 +14,7 @@ from tests.functional.text import assert_one_text
 from tests.services import LocalProcess, wait_until
 from tests.upstream import UpstreamProcess, expected_text
 
-MODEL = "pace=40,tokens=200,alphabet=mixed"
+MODEL = "pace=40,tokens=360,alphabet=mixed"
 ENDLESS = "pace=40,tokens=10000,alphabet=mixed"
 STREAMS = 3
 KEEP = {"SLUICEGATE_ON_WORKER_LOST": "keep", "SLUICEGATE_LEASE_RENEW_SECONDS": "0.1"}
@@ -76,23 +76,12 @@ def test_a_worker_that_is_told_to_leave_at_once(stack: Stack, client: Client, up
 
     What it has no time to give up is taken for lost, and found by the reaper.
     """
-    stack.start_reaper()
-    stack.start_beat()
+    stack.start_recovery()
     sessions, readers = begin(client)
     stack.start_worker()
     stack.worker.container.kill("SIGQUIT")
     assert_went_on(stack, client, sessions, readers)
     stack.worker.container.process.wait()
-
-
-def test_a_worker_that_is_killed(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
-    """SIGKILL: its leases lapse, the reaper finds it lost, and another worker goes on."""
-    stack.start_reaper()
-    stack.start_beat()
-    sessions, readers = begin(client)
-    stack.start_worker()
-    stack.worker.container.kill("SIGKILL")
-    assert_went_on(stack, client, sessions, readers)
 
 
 def test_a_stop_while_nobody_runs_it(stack: Stack, client: Client) -> None:

@@ -32,6 +32,8 @@ RELEASE: Final = rb"SET [^\0]*owner=[^\0]*requeue_at=.*COMMIT"
 ENDING: Final = rb"SET [^\0]*sha256=.*COMMIT"
 PUBLISHED: Final = rb"SET published_at=.*COMMIT"
 
+pytestmark = pytest.mark.usefixtures("recovery")
+
 
 @pytest.fixture(scope="module")
 def stack_database() -> str:
@@ -61,15 +63,6 @@ def stack_database_url(postgres: PostgresServer, proxy: TcpProxy) -> Iterator[st
     url = postgres.create_database()
     yield url.replace(f":{postgres.port}/", f":{proxy.port}/")
     postgres.drop_database(url)
-
-
-@pytest.fixture
-def stack(stack: Stack) -> Stack:
-    """With somebody who sees to what is left behind."""
-    if "reaper" not in stack.others:
-        stack.start_reaper()
-        stack.start_beat()
-    return stack
 
 
 def begin(client: Client, model: str) -> tuple[dict[str, Any], Any]:

@@ -26,6 +26,9 @@ MODEL = "pace=8,tokens=100,alphabet=mixed"
 THINKS = "pace=8,thinking=80,tokens=10,alphabet=mixed"
 
 
+pytestmark = pytest.mark.usefixtures("recovery")
+
+
 @pytest.fixture(scope="module")
 def stack_settings() -> Mapping[str, str]:
     return {
@@ -33,13 +36,6 @@ def stack_settings() -> Mapping[str, str]:
         "SLUICEGATE_HEARTBEAT_SECONDS": "1",
         "SLUICEGATE_ON_WORKER_LOST_KEEP_MODELS": "another:*, name=kept*",
     }
-
-
-@pytest.fixture(autouse=True)
-def recovered(stack: Stack) -> None:
-    """Somebody recovers."""
-    stack.start_reaper()
-    stack.start_beat()
 
 
 @pytest.fixture

@@ -132,8 +132,7 @@ def test_twenty_streams_end_whole(
 
 def test_what_was_accepted_is_not_forgotten(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
     """Redis dies in the middle of what is being accepted, and comes back empty: each 202 becomes a whole answer."""
-    stack.start_reaper()
-    stack.start_beat()
+    stack.start_recovery()
     accepted: list[dict[str, Any]] = []
     refused: list[requests.Response] = []
     over = False

@@ -133,8 +133,7 @@ def left(readers: list[Reader]) -> Iterator[None]:
 
 def test_of_all_workers_and_then_one_is_killed(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
     """Some streams are handed over as often as they may lose a worker; then they lose one, and go on all the same."""
-    stack.start_reaper()
-    stack.start_beat()
+    stack.start_recovery()
     readers = [posting(Balanced([client]), model) for model in MODELS]
     with left(readers):
         under_way(readers)

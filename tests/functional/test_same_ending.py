@@ -43,8 +43,7 @@ def stack_settings() -> Mapping[str, str]:
 @pytest.fixture(scope="module")
 def module_stack(module_stack: Stack) -> Stack:
     """With everything else that may end a stream."""
-    module_stack.start_reaper()
-    module_stack.start_beat()
+    module_stack.start_recovery()
     module_stack.start_flower()
     return module_stack
 

@@ -34,6 +34,8 @@ BRIEF: Final = f"pace={PACE},tokens={int((SHORT_SECONDS + 1) * PACE)}"
 ENDLESS: Final = f"pace={PACE},tokens=100000"
 SECRETS: Final = ("locked", "OperationalError", "sqlite", "Traceback")
 
+pytestmark = pytest.mark.usefixtures("recovery")
+
 
 @pytest.fixture(scope="module")
 def stack_database() -> str:
@@ -48,15 +50,6 @@ def stack_settings() -> Mapping[str, str]:
         "SLUICEGATE_LEASE_RENEW_SECONDS": "0.3",
         "SLUICEGATE_HEARTBEAT_SECONDS": "0.5",
     }
-
-
-@pytest.fixture
-def stack(stack: Stack) -> Stack:
-    """With somebody who would find a worker lost."""
-    if "reaper" not in stack.others:
-        stack.start_reaper()
-        stack.start_beat()
-    return stack
 
 
 @contextmanager

@@ -120,8 +120,7 @@ class TestWhatARequestMayAsk:
 @pytest.fixture(scope="module")
 def reaped(module_stack: Stack) -> None:
     """With a reaper and beat, from here on."""
-    module_stack.start_reaper()
-    module_stack.start_beat()
+    module_stack.start_recovery()
 
 
 # Each: its time-out, long enough for the worker to be known as lost before it is due, and the model.

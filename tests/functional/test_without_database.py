@@ -37,6 +37,8 @@ RUSH: Final = 40
 WARNINGS_PER_SECOND: Final = 6
 """Of all processes together: what is said again and again while the database is gone."""
 
+pytestmark = pytest.mark.usefixtures("recovery")
+
 
 @pytest.fixture(scope="module")
 def stack_database() -> str:
@@ -52,15 +54,6 @@ def stack_settings() -> Mapping[str, str]:
         "SLUICEGATE_HEARTBEAT_SECONDS": "0.5",
         "SLUICEGATE_DATABASE_CHECK_SECONDS": "1",
     }
-
-
-@pytest.fixture
-def stack(stack: Stack) -> Stack:
-    """With somebody who would find a worker lost."""
-    if "reaper" not in stack.others:
-        stack.start_reaper()
-        stack.start_beat()
-    return stack
 
 
 class Outage:

@@ -677,7 +677,7 @@ class TwoFaults(Machine):
 
 # -- the tests ---------------------------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("SLUICEGATE_FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("SLUICEGATE_FUZZ_EXAMPLES", "100"))
 SECONDS = int(os.environ.get("SLUICEGATE_FUZZ_SECONDS", "7200"))
 SEED = int(os.environ.get("SLUICEGATE_FUZZ_SEED", "7"))
 STEPS: Final = 40
