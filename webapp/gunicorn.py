@@ -69,7 +69,7 @@ def _reap_at_start(worker: Any) -> None:
 
     services = getattr(worker.wsgi, "extensions", {}).get("sluicegate")
     if services is not None:
-        reap_alone(services.reaper, services.redis)
+        reap_alone(services.reaper, services.redis, at_start=True)
 
 
 def _close_readers_at_end(worker: Any) -> None:

@@ -47,9 +47,10 @@ def _log_failure(sender: Any, task_id: str, exception: BaseException, **_: objec
 
 
 def _reap_at_start() -> None:
-    from workers.reaper import reap
+    from webapp.streams.recovery import reap_alone
+    from workers.runtime import services
 
-    reap()
+    reap_alone(services().reaper, services().redis, at_start=True)
 
 
 def _serve_metrics() -> None:

@@ -71,13 +71,10 @@ class Runtime:
 
     def run(self, session_id: UUID, owner: str) -> None:
         """Run one session to its end, or return at once where it runs here already."""
-        if session_id in self.table:
-            return
         if self.draining:
-            # Celery takes messages for a moment longer after it was told to stop: they go back, not at once,
-            # or this worker would take them again and again.
-            gevent.sleep(SEND_BACK_SECONDS)
-            self._queue.enqueue(session_id)
+            self._send_back(session_id)
+            return
+        if session_id in self.table:
             return
         # Entered before it is claimed: a stop that comes from now on finds it.
         generation = self.table[session_id] = Generation(session_id, owner, self._ports)
@@ -86,6 +83,17 @@ class Runtime:
                 self._run_uninterrupted(generation)
         finally:
             del self.table[session_id]
+
+    def _send_back(self, session_id: UUID) -> None:
+        """Celery takes messages for a moment longer after it was told to stop: they are for another worker.
+
+        Not at once, or this one would take them again and again; and not while the session is still being given up
+        here, for until then the other would take the message for a duplicate.
+        """
+        gevent.sleep(SEND_BACK_SECONDS)
+        while session_id in self.table:
+            gevent.sleep(DRAIN_POLL_SECONDS)
+        self._queue.enqueue(session_id)
 
     def _run_uninterrupted(self, generation: Generation) -> None:
         """Celery's own termination kills the task's greenlet wherever it is; the run is in another, which it

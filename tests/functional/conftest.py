@@ -6,14 +6,17 @@ own, which may be parametrised: `@pytest.fixture(scope="module", params=["sqlite
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 from pytest_celery import CeleryBrokerCluster, CeleryWorkerCluster
 
 from tests.functional.nodes import Client, Stack
-from tests.services import PostgresServer, valkey_server
+from tests.services import PostgresServer, ValkeyServer, valkey_server
 from tests.upstream import UpstreamProcess
 
 # So that what they assert is told in full.
@@ -38,16 +41,62 @@ def stack_workers() -> int:
     return 1
 
 
+class Prepared:
+    """Databases as a system has them that was set up: migrated, with a user. Each kind is made once, and copied."""
+
+    def __init__(self, directory: Path, valkey: ValkeyServer, postgres: Callable[[], PostgresServer]) -> None:
+        """`postgres` answers the server, which is not started where nobody asks for it."""
+        self._directory = directory
+        self._valkey = valkey
+        self._postgres = postgres
+        self._templates: dict[str, tuple[str, str]] = {}
+
+    def token(self, kind: str) -> str:
+        """The token of the user `tester` in each copy of that kind."""
+        return self._template(kind)[1]
+
+    def sqlite(self, directory: Path) -> str:
+        """URL of a new copy in a directory."""
+        url, _ = self._template("sqlite")
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as template:
+            template.execute("VACUUM INTO ?", [str(directory / "stack.db")])
+        return f"sqlite:///{directory / 'stack.db'}"
+
+    def postgresql(self) -> str:
+        """URL of a new copy at the session's server."""
+        url, _ = self._template("postgresql")
+        return self._postgres().create_database(template=url.rpartition("/")[2])
+
+    def _template(self, kind: str) -> tuple[str, str]:
+        if kind not in self._templates:
+            directory = self._directory / kind
+            directory.mkdir()
+            sqlite = f"sqlite:///{directory / 'template.db'}"
+            url = sqlite if kind == "sqlite" else self._postgres().create_database()
+            stack = Stack(directory, database_url=url, valkey=self._valkey, upstream_url="http://127.0.0.1:9")
+            stack.release()
+            self._templates[kind] = url, stack.user("tester")
+        return self._templates[kind]
+
+
+@pytest.fixture(scope="session")
+def prepared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, valkey: ValkeyServer
+) -> Prepared:
+    """Makes databases that need neither the migrations nor a user any more."""
+    return Prepared(tmp_path_factory.mktemp("prepared"), valkey, lambda: request.getfixturevalue("postgres"))
+
+
 @pytest.fixture(scope="module")
 def stack_database_url(
-    request: pytest.FixtureRequest, stack_database: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, prepared: Prepared, stack_database: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """URL of the empty database that the module's system gets."""
+    """URL of the database that the module's system gets."""
     if stack_database == "sqlite":
-        yield f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'stack.db'}"
+        yield prepared.sqlite(tmp_path_factory.mktemp("sqlite"))
         return
     server: PostgresServer = request.getfixturevalue("postgres")
-    url = server.create_database()
+    url = prepared.postgresql()
     yield url
     server.drop_database(url)
 
@@ -56,7 +105,9 @@ def stack_database_url(
 def module_stack(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
+    prepared: Prepared,
     upstream_process: UpstreamProcess,
+    stack_database: str,
     stack_database_url: str,
     stack_settings: Mapping[str, str],
     stack_workers: int,
@@ -71,9 +122,9 @@ def module_stack(
         upstream_url=upstream_process.url,
         settings=stack_settings,
         services=[request.getfixturevalue("postgres")] if on_postgres else [],
+        tokens={"tester": prepared.token(stack_database)},
     )
     try:
-        stack.release()
         workers = [stack.start_worker(wait=False) for _ in range(stack_workers)]
         stack.start_web()
         for worker in workers:

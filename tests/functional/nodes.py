@@ -289,10 +289,11 @@ class Stack:
         upstream_url: str,
         settings: Mapping[str, str] | None = None,
         services: Sequence[LocalProcess] = (),
+        tokens: Mapping[str, str] | None = None,
         root: Path = ROOT,
     ) -> None:
         """`directory` takes logs and data; `settings` are environment variables over the stack's own; `services` are
-        more processes, besides Valkey, that `heal` brings back.
+        more processes, besides Valkey, that `heal` brings back; `tokens` are those of the users that the database has.
         """
         self.directory = directory
         self.root = root
@@ -302,7 +303,7 @@ class Stack:
         self.workers: list[WorkerNode] = []
         self.others: dict[str, LocalProcess] = {}
         self.broker = BrokerNode(ValkeyContainer(valkey))
-        self._tokens: dict[str, str] = {}
+        self._tokens = dict(tokens or {})
         self._numbers: dict[str, int] = {}
         self._kept_workers = 0
         self._kept_webs = 0
@@ -531,7 +532,9 @@ class _WorkerProcess(LocalProcess):
     """Ready when Celery says so in the log, or, where the log's level hides that, when the node answers a ping."""
 
     def is_ready(self) -> bool:
-        return " ready." in self.log_since_start() or self._answers_ping()
+        if self.environment.get("SLUICEGATE_LOG_LEVEL", "INFO") in ("INFO", "DEBUG"):
+            return " ready." in self.log_since_start()
+        return self._answers_ping()
 
     def _answers_ping(self) -> bool:
         node = host_format(nodename(*nodesplit(_option(self.command, "-n") or "celery@%h")))

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import redis
 
 from tests.functional.ending import assert_ended
 from tests.functional.nodes import Client, Stack
 from tests.functional.text import assert_one_text
 from tests.services import LocalProcess, wait_until
 from tests.upstream import UpstreamProcess, expected_text
+from webapp.streams.keys import REAPER_KEY
 
 MODEL = "pace=40,tokens=360,alphabet=mixed"
 ENDLESS = "pace=40,tokens=10000,alphabet=mixed"
@@ -53,6 +55,8 @@ def test_a_process_that_starts_sees_to_what_is_over(
 
     Before the tests that start a reaper and beat.
     """
+    with redis.Redis.from_url(stack.valkey.url) as valkey:
+        wait_until(lambda: not valkey.exists(REAPER_KEY), 20, "what is begun by those that run is over")
     stack.worker.container.process.kill()
     session = client.post_message("go on", timeouts={"queueSeconds": 0.5})
     since = time.monotonic()

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.functional.conftest import Prepared
 from tests.functional.ending import assert_ended, rows_of
 from tests.functional.nodes import ApiError, Client, Stack
 from tests.functional.text import assert_one_text
@@ -59,8 +60,8 @@ def proxy(postgres: PostgresServer) -> Iterator[TcpProxy]:
 
 
 @pytest.fixture(scope="module")
-def stack_database_url(postgres: PostgresServer, proxy: TcpProxy) -> Iterator[str]:
-    url = postgres.create_database()
+def stack_database_url(postgres: PostgresServer, prepared: Prepared, proxy: TcpProxy) -> Iterator[str]:
+    url = prepared.postgresql()
     yield url.replace(f":{postgres.port}/", f":{proxy.port}/")
     postgres.drop_database(url)
 

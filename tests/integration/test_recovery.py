@@ -16,7 +16,7 @@ from webapp.errors import Unavailable
 from webapp.models import StreamSession, now
 from webapp.streams import recovery, rows
 from webapp.streams.events import THINKING, done_position
-from webapp.streams.keys import QUEUE_KEY, state_key
+from webapp.streams.keys import QUEUE_KEY, REAPER_KEY, state_key
 from webapp.streams.lifecycle import StreamStatus, TerminationReason
 from webapp.streams.log import Verdict
 from webapp.streams.ports import Outcome
@@ -383,6 +383,15 @@ class TestWhatNobodyClaims:
             recovery.reap_alone(world.reaper, world.redis)
         assert world.queue.enqueued[before:] == [session_id]
         assert 0 < world.redis.ttl(QUEUE_KEY) <= recovery.QUEUE_TTL_SECONDS
+
+    @pytest.mark.parametrize("at_start", [False, True])
+    def test_a_pass_that_was_killed_is_waited_for_at_the_start_alone(self, world: World, at_start: bool) -> None:
+        """Its lock lapses, and nobody else may come in the time; another of beat's comes soon enough."""
+        session_id = world.start().session_id
+        world.change(session_id, requeue_at=None)
+        world.redis.set(REAPER_KEY, "somebody's", px=500)
+        recovery.reap_alone(world.reaper, world.redis, at_start=at_start)
+        assert len(world.queue.enqueued) == (2 if at_start else 1)
 
     def test_what_runs_is_not_queued_again_by_that(self, world: World) -> None:
         world.run().say("text")

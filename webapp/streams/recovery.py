@@ -196,10 +196,15 @@ class Reaper:
             self._manager.requeue(session_id)
 
 
-def reap_alone(reaper: Reaper, client: redis.Redis) -> None:
-    """One pass, unless one runs already: for beat, and for the start of a process."""
+def reap_alone(reaper: Reaper, client: redis.Redis, *, at_start: bool = False) -> None:
+    """One pass, unless one runs already: for beat, and for the start of a process.
+
+    A process that starts waits for the other's pass, for that may be one that was killed in it, and after which nobody
+    comes.
+    """
     # Only against work done twice: two passes at once would do no harm, so the lock may lapse.
-    lock = client.lock(REAPER_KEY, timeout=LOCK_SECONDS, blocking=False)
+    wait_seconds = LOCK_SECONDS + 1 if at_start else 0
+    lock = client.lock(REAPER_KEY, timeout=LOCK_SECONDS, sleep=0.2, blocking_timeout=wait_seconds)
     try:
         with lock:
             began_at = time.monotonic()
