@@ -50,9 +50,17 @@ run: install ## Run everything; PORT=9000 for another port
 	@$(BIN)/sluicegate up
 
 .PHONY: test
-# Two at a time, a file of tests each: most of the time they wait. ARGS="-n 0" runs one after another.
+# Two at a time, a file of tests each: most of the time they wait. ARGS="-n 0" runs one after another. In the order of
+# `testpaths`: the long files first, or one process would be alone with the last of them.
 test: install ## Run the unit, integration and functional tests; ARGS="-k stop" for some
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+.PHONY: test-long
+# The same tests as `make test` has, where that has seconds.
+test-long: install ## Run the tests of outages, each half a minute long, and of a reader that is silent for one
+	SLUICEGATE_TEST_OUTAGE_SECONDS=30 SLUICEGATE_TEST_SILENCE_SECONDS=30 SLUICEGATE_TEST_SILENT_READER_SECONDS=60 \
+	  $(BIN)/python -m pytest tests/functional/test_without_database.py tests/functional/test_redis_returns.py \
+	  tests/functional/test_isolation.py $(ARGS)
 
 .PHONY: lint
 lint: install ## Check style, types and the direction of imports

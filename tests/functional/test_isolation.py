@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import statistics
 import threading
@@ -20,6 +21,7 @@ from tests.services import wait_until
 STREAMS = 50
 PACE = 10
 STOPPED = 10
+ROUNDS = 3
 PHASE_SECONDS = 4.0
 
 
@@ -37,40 +39,57 @@ def percentile(values: Sequence[float], hundredth: int) -> float:
 
 
 def test_a_stop_leaves_no_gap_in_the_others(stack: Stack, client: Client) -> None:
-    """The distribution of the gaps between tokens is the same while ten of fifty streams are stopped."""
+    """The distribution of the gaps between tokens is the same while ten of fifty streams are stopped.
+
+    The best of three rounds counts: what else the machine does can only add to the gaps, and a gap that a stop makes
+    would be in each.
+    """
     model = f"pace={PACE},tokens=100000"
     sessions = [client.post_message("go on", model=f"name=n{number},{model}") for number in range(STREAMS)]
     readers = [client.follow(session["sessionId"]) for session in sessions]
     for reader in readers:
         reader.wait_for_text(20)
-    pause = threading.Event()
+    others = readers[ROUNDS * STOPPED :]
+    disturbed = []
+    for number in range(ROUNDS):
+        stopped = range(number * STOPPED, (number + 1) * STOPPED)
+        calm, stops = gaps_beside_stops(client, [sessions[index] for index in stopped], others)
+        assert min(len(calm), len(stops)) > len(others) * PHASE_SECONDS * PACE * 0.6
+        for index in stopped:
+            receipt = client.terminate(sessions[index]["sessionId"])
+            assert_one_text(stack, client, sessions[index], receipt, [readers[index]])
+        longer = [
+            (hundredth, percentile(calm, hundredth), percentile(stops, hundredth))
+            for hundredth in (50, 95, 99)
+            if percentile(stops, hundredth) >= percentile(calm, hundredth) * 1.5 + 0.05
+        ]
+        if max(stops) >= max(calm) + 0.25:
+            longer.append((100, max(calm), max(stops)))
+        if not longer:
+            break
+        disturbed.append(longer)
+    assert len(disturbed) < ROUNDS, f"percentile, seconds before and beside the stops: {disturbed}"
+    assert not any(reader.ended for reader in others)
 
+
+def gaps_beside_stops(
+    client: Client, sessions: Sequence[dict[str, Any]], others: Sequence[Reader]
+) -> tuple[list[float], list[float]]:
+    """The gaps of the others for some seconds, and for as long again while these sessions are stopped."""
+    pause = threading.Event()
     calm_from = time.monotonic()
     pause.wait(PHASE_SECONDS)
     calm_until = time.monotonic()
-    receipts = []
-    for session in sessions[:STOPPED]:
-        receipts.append(client.terminate(session["sessionId"]))
-        pause.wait(PHASE_SECONDS / STOPPED)
-    stops_until = time.monotonic()
-
-    others = readers[STOPPED:]
-    calm, stops = gaps(others, calm_from, calm_until), gaps(others, calm_until, stops_until)
-    assert min(len(calm), len(stops)) > len(others) * PHASE_SECONDS * PACE * 0.6
-    for hundredth in (50, 95, 99):
-        assert percentile(stops, hundredth) < percentile(calm, hundredth) * 1.5 + 0.05
-    assert max(stops) < max(calm) + 0.25
-
-    for session, receipt, reader in zip(sessions, receipts, readers, strict=False):
-        assert_one_text(stack, client, session, receipt, [reader])
-    for session, reader in zip(sessions[STOPPED:], others, strict=True):
-        assert not reader.ended
+    for session in sessions:
         client.terminate(session["sessionId"])
+        pause.wait(PHASE_SECONDS / len(sessions))
+    return gaps(others, calm_from, calm_until), gaps(others, calm_until, time.monotonic())
 
 
-TOKENS = 120_000
+SILENT_SECONDS = float(os.environ.get("SLUICEGATE_TEST_SILENT_READER_SECONDS", "20"))
 FAST_PACE = 4_000
-SILENT_SECONDS = 60.0
+TOKENS = 60_000
+"""Some megabytes of events: more than the kernel holds for a reader."""
 
 
 @pytest.mark.timeout(240)
@@ -93,7 +112,7 @@ def test_a_reader_that_does_not_read(stack: Stack, client: Client) -> None:
         text = _read_to_the_end(lazy)
 
     assert sha256(text) == done["sha256"] == quick.sha256
-    assert done["length"] == len(text) > 700_000
+    assert done["length"] == len(text) > 5 * TOKENS
     assert grown < 32 * 1024 * 1024
     assert percentile(gaps([beside], 0, time.monotonic()), 95) < 0.25
 

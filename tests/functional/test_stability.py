@@ -6,8 +6,8 @@ from bench.stability import cycle, leftovers, sample, terminate_at_once
 from tests.functional.nodes import Stack
 from tests.upstream import UpstreamProcess
 
-STREAMS = 100
-CYCLES = 100
+STREAMS = 60
+CYCLES = 60
 TERMINATION_SECONDS = 20.0
 """Far more than it takes; a call that waits for nobody would take longer."""
 GROWTH_KB = 40_000
