@@ -87,6 +87,14 @@ bench-stability: install ## Measure what streams leave behind, and what each tak
 bench-reaper: install ## Measure a pass of the reaper beside a million ended sessions
 	$(BIN)/python -m bench.reaper $(ARGS)
 
+.PHONY: bench-lost-worker
+bench-lost-worker: install ## Measure how soon the streams of a killed worker go on, at the default lease
+	$(BIN)/python -m bench.lost_worker $(ARGS)
+
+.PHONY: bench-speed
+bench-speed: install ## Measure what tokens, stops and streams cost beside others; ARGS="--short --only stops"
+	$(BIN)/python -m bench.speed $(ARGS)
+
 .PHONY: chaos
 chaos: install ## Break one thing after another under load, and audit every stream; ARGS="--seed 7 --minutes 10"
 	$(BIN)/python -m bench.chaos $(ARGS)
