@@ -11,7 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ class Subject:
 
     name: str
     url: str
-    processes: Mapping[str, list[psutil.Process]] = field(default_factory=dict)
+    processes: Mapping[str, Callable[[], list[psutil.Process]]] = field(default_factory=dict)
     """By what they are: web, worker, Valkey, database."""
 
     def request(self, model: str, stream_id: str) -> tuple[str, dict[str, str], dict[str, Any]]:
@@ -83,11 +83,13 @@ class Subject:
 
     def cpu_seconds(self) -> dict[str, float]:
         """That each kind of its processes has used."""
-        return {kind: sum(sum(one.cpu_times()[:2]) for one in those) for kind, those in self.processes.items()}
+        return {kind: sum(sum(one.cpu_times()[:2]) for one in those()) for kind, those in self.processes.items()}
 
     def memory_kb(self) -> dict[str, float]:
         """PSS, which counts what processes share once."""
-        return {kind: sum(one.memory_full_info().pss for one in those) / 1024 for kind, those in self.processes.items()}
+        return {
+            kind: sum(one.memory_full_info().pss for one in those()) / 1024 for kind, those in self.processes.items()
+        }
 
 
 class Direct(Subject):
@@ -163,7 +165,7 @@ def naive_proxy(directory: Path, model_url: str) -> Iterator[Subject]:
     )
     process.start()
     process.await_ready()
-    yield Subject("naive Flask proxy", f"http://{HOST}:{port}", {"web": process.family()})
+    yield Subject("naive Flask proxy", f"http://{HOST}:{port}", {"web": process.family})
     process.kill()
 
 
@@ -191,7 +193,9 @@ def resumable_stream(directory: Path, model_url: str) -> Iterator[Subject | None
     process.start()
     url = f"http://{HOST}:{port}"
     wait_until(lambda: _answers(url), 15, "the node server answers")
-    yield ResumableStream("resumable-stream 2.2", url, {"web": process.family(), "Valkey": valkey.family()})
+    yield ResumableStream(
+        "resumable-stream 2.2", url, {"web": process.family, "Valkey": lambda: [psutil.Process(valkey.pid)]}
+    )
     process.kill()
     valkey.kill()
 
@@ -222,11 +226,12 @@ def sluicegate(directory: Path, model_url: str, postgres: PostgresServer) -> Ite
     stack.start_web()
     worker.ready()
     kinds = {
-        "web": stack.web.family(),
-        "worker": worker.container.process.family(),
-        "reaper and beat": [one for process in stack.others.values() for one in process.family()],
-        "Valkey": valkey.family(),
+        "web": stack.web.family,
+        "worker": worker.container.process.family,
+        "reaper and beat": lambda: [one for process in stack.others.values() for one in process.family()],
+        "Valkey": lambda: [psutil.Process(valkey.pid)],
+        "database": lambda: psutil.Process(postgres.pid).children(recursive=True),
     }
-    yield Sluicegate("Sluicegate", stack.url(), kinds | {"database": []}, token=stack.user("tester"))
+    yield Sluicegate("Sluicegate", stack.url(), kinds, token=stack.user("tester"))
     stack.stop(timeout_seconds=0)
     valkey.kill()

@@ -16,7 +16,7 @@ import time
 from types import TracebackType
 from typing import Final, Self
 
-from tests.services import HOST, free_port
+from tests.services import HOST, free_port, wait_until
 
 POLL_SECONDS: Final = 0.02
 CHUNK_BYTES: Final = 65_536
@@ -109,7 +109,10 @@ class TcpProxy:
     def _listen(self) -> None:
         with self._lock:
             if self._listener is None:
-                self._listener = socket.create_server((HOST, self.port), backlog=200)
+                # The port is taken for as long as `_accept` still looks at the listener that was closed.
+                self._listener = wait_until(
+                    lambda: socket.create_server((HOST, self.port), backlog=200), 5, ignoring=(OSError,)
+                )
 
     def _accept(self) -> None:
         while not self._closed:

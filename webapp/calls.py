@@ -156,12 +156,15 @@ class Calls:
             NotFound: it is unknown, or in a conversation that the user cannot see: the same to both.
         """
         session = self._queries.view(session_id)
+        self._require(session_id, session.conversation_id, action)
+        return session
+
+    def _require(self, session_id: UUID, conversation_id: UUID, action: Action) -> None:
         try:
-            auth.require(session.conversation_id, action)
+            auth.require(conversation_id, action)
         except NotFound:
             raise NotFound(f"There is no stream {session_id} that you can see") from None
         bind(session_id=session_id)
-        return session
 
     def streams(self, *, active_only: bool, limit: int = 100) -> list[SessionView]:
         """The sessions of the user's conversations, newest first."""
@@ -236,10 +239,12 @@ class Calls:
 
     def terminate(self, session_id: UUID, conversation_id: UUID | None = None) -> ReceiptView:
         """Terminate a session; the receipt is the same to every caller, however many, however often."""
-        session = self.stream(session_id, Action.TERMINATE)
-        if conversation_id is not None and conversation_id != session.conversation_id:
+        by = auth.require_user().name
+        row = self._queries.row(session_id)
+        self._require(session_id, row.conversation_id, Action.TERMINATE)
+        if conversation_id is not None and conversation_id != row.conversation_id:
             raise NotFound(f"There is no stream {session_id} in conversation {conversation_id} that you can see")
-        return self._manager.terminate(session_id, TerminationReason.USER, by=auth.require_user().name)
+        return self._manager.terminate(session_id, TerminationReason.USER, by, row)
 
     def _repeated(self, request_key: RequestKey | None) -> SessionView | None:
         if request_key is None or (same := self._manager.repeated(request_key)) is None:

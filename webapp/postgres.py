@@ -8,17 +8,23 @@ connection with it: an answer that comes later must not be taken for that to ano
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, Final
 
 import psycopg
 from psycopg.abc import RV, PQGen
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from webapp.deadline import seconds_left
 
 NO_ANSWER: Final = "the server did not answer in time"
 LEAST_CONNECT_SECONDS: Final = 2
 """That psycopg gives an attempt to connect, whatever it is told."""
+IDLE_SECONDS: Final = 1.0
+"""After which a connection is tried before it is used: its server may have gone."""
+_RETURNED_AT: Final = "sluicegate_returned_at"
 _INTERVAL_SECONDS: Final = 0.1
 """Between two looks at whether the process was interrupted, as psycopg has it."""
 
@@ -64,3 +70,22 @@ def limit_waits(engine: Engine, timeout_seconds: float) -> None:
 
     event.listen(engine, "do_connect", connect)
     event.listen(engine, "connect", limit_server)
+
+
+def ping_when_idle(engine: Engine) -> None:
+    """Have a connection that nobody has used for a moment tried before it is used; one that is busy needs no trial."""
+
+    def note(_: Any, record: ConnectionPoolEntry) -> None:
+        record.info[_RETURNED_AT] = time.monotonic()
+
+    def try_it(connection: TimedConnection, record: ConnectionPoolEntry, _: Any) -> None:
+        if time.monotonic() - record.info.get(_RETURNED_AT, math.inf) > IDLE_SECONDS:
+            try:
+                connection.autocommit = True
+                connection.execute("SELECT 1")
+                connection.autocommit = False
+            except psycopg.OperationalError as error:
+                raise InvalidatePoolError from error
+
+    event.listen(engine, "checkin", note)
+    event.listen(engine, "checkout", try_it)

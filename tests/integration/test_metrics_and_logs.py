@@ -148,7 +148,7 @@ class TestEndings:
         self, world: World, lines: list[EventDict]
     ) -> None:
         worker = world.run()
-        with patch.object(world.manager, "publish"):  # as if it had been killed before
+        with patch.object(world.manager, "_publish"):  # as if it had been killed before
             worker.end()
         assert of(lines, "stream.completed") == []
         world.change(worker.session_id, ended_at=now() - timedelta(minutes=1))

@@ -316,7 +316,7 @@ class TestWhatNobodyClaims:
         """The database goes between the two. Workers drop its messages for hours: it is not queued again."""
         session_id = world.start().session_id
 
-        def gone(row: StreamSession, ending: rows.Ending) -> bool:
+        def gone(*_: object) -> None:
             raise Unavailable("the database is gone")
 
         with monkeypatch.context() as patched:

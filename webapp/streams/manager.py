@@ -188,30 +188,28 @@ class StreamSessionManager:
         """
         earlier = list(tries or ())
 
-        def work(s: Session) -> Assignment | None:
+        def work(s: Session) -> tuple[StreamSession | None, Assignment | None]:
             row, moment = rows.get(s, session_id), now()
             if row is not None and rows.is_claimed_by(row, owner, earlier):
-                return self._assignment(s, row)
-            if row is None or row.owner:
-                return None
+                return row, self._assignment(s, row)
+            if row is None or row.status != StreamStatus.ACTIVE or row.owner or row.stop_reason:
+                return row, None
             if tries is not None:
                 tries.append(moment)
             due = self._timeouts(row).due_without_token(moment, row.claimed_at or moment)
             if not rows.claim(s, session_id, row.epoch, owner, moment, due):
-                return None
+                return row, None
             s.refresh(row)
-            return self._assignment(s, row)
+            return row, self._assignment(s, row)
 
-        row = self._database.read(lambda s: rows.get(s, session_id))
+        row, assignment = self._database.write(work)
         if row is None:
             log.warning("stream.unknown", session_id=str(session_id))
-            return None
-        if row.status == StreamStatus.ACTIVE and row.stop_reason and not row.owner:
+        elif assignment is not None:
+            if assignment.attempt == 1:
+                metrics.stream_claimed((assignment.claimed_at - row.started_at).total_seconds())
+        elif row.status == StreamStatus.ACTIVE and row.stop_reason and not row.owner:
             self.settle(session_id, TerminationReason(str(row.stop_reason)))
-            return None
-        assignment = self._database.write(work)
-        if assignment is not None and assignment.attempt == 1:
-            metrics.stream_claimed((assignment.claimed_at - row.started_at).total_seconds())
         return assignment
 
     def _assignment(self, s: Session, row: StreamSession) -> Assignment:
@@ -267,12 +265,12 @@ class StreamSessionManager:
         Raises:
             Unavailable: the database did not answer; it is not known whether the ending was written.
         """
-        while (row := self._queries.row(session_id)).epoch == epoch:
-            if self._commit(row, _ending(_with_checkpoint(row, outcome))):
-                return True
-            if row.status != StreamStatus.ACTIVE:
-                break
-        return False
+        reason = TerminationReason(str(outcome.answer.reason))
+        while True:
+            row, won = self._commit(session_id, epoch, lambda row: _ending(_with_checkpoint(row, outcome)), reason)
+            # Tried again where a heartbeat of this very worker has made the checkpoint longer in between.
+            if won or row is None or row.epoch != epoch or row.status != StreamStatus.ACTIVE:
+                return won
 
     def settle(self, session_id: UUID, reason: TerminationReason, *, detail: str | None = None) -> None:
         """End a session that no worker runs, or whose worker does not answer; returns once it has ended.
@@ -292,7 +290,7 @@ class StreamSessionManager:
                     raise Unavailable("Redis cannot be reached; the stop is recorded and will take effect") from error
                 ending = _ending_of_unclaimed(row, reason, detail)
             if ending is not None:
-                self._commit(row, ending)
+                self._commit(row.id, row.epoch, lambda _, ending=ending: ending, ending.reason)  # type: ignore[misc]
 
     def _ending_of_unowned(
         self, row: StreamSession, reason: TerminationReason, detail: str | None
@@ -322,19 +320,30 @@ class StreamSessionManager:
         if row.owner and row.heartbeat_at and now() - row.heartbeat_at < lease:
             raise Unavailable("Redis has lost the stream's log; the stop is recorded and its worker will end it")
 
-    def _commit(self, row: StreamSession, ending: rows.Ending) -> bool:
-        """COMMIT, then FINISH. The loser of a race adopts the winner's outcome by reading the row later."""
-        ids = {"session_id": row.id, "conversation_id": row.conversation_id}
-        with tracing.span("commit", **ids, reason=ending.reason.value, length=len(ending.content)):
-            won = self._database.write(lambda s: rows.commit(s, row, ending))
-        # Also where it was committed before: the answer to that commit may have been lost.
-        if won or self._is_unpublished(row.id):
-            self._try("publish", lambda: self.publish(row.id), row.id)
-        return won
+    def _commit(
+        self,
+        session_id: UUID,
+        epoch: int,
+        ending_of: Callable[[StreamSession], rows.Ending],
+        reason: TerminationReason,
+    ) -> tuple[StreamSession | None, bool]:
+        """COMMIT, then FINISH. The loser of a race adopts the winner's outcome by reading the row later.
 
-    def _is_unpublished(self, session_id: UUID) -> bool:
-        row = self._queries.row(session_id)
-        return row.status != StreamStatus.ACTIVE and row.published_at is None
+        Returns the row as it is now, and whether it was this call that ended it.
+        """
+
+        def work(s: Session) -> tuple[StreamSession | None, bool]:
+            row = rows.get(s, session_id)
+            return row, row is not None and row.epoch == epoch and rows.commit(s, row, ending_of(row))
+
+        with tracing.span("commit", session_id=session_id, reason=reason.value):
+            row, won = self._database.write(work)
+        if row is not None and won:
+            self._try("publish", lambda: self._publish(row), session_id)
+        elif row is not None and row.status != StreamStatus.ACTIVE and row.published_at is None:
+            # It was committed before: the answer to that commit may have been lost.
+            self._try("publish", lambda: self.publish(session_id), session_id)
+        return row, won
 
     def publish(self, session_id: UUID) -> None:
         """FINISH: put `done` in the log, from the committed row, and note that it is there. Safe to repeat.
@@ -344,7 +353,9 @@ class StreamSessionManager:
         Raises:
             RedisError, Unavailable: it is tried again by the reaper.
         """
-        row, stats = self._queries.ending(session_id)
+        self._publish(self._queries.row(session_id))
+
+    def _publish(self, row: StreamSession) -> None:
         length, reason = (row.length or 0) + (row.thinking_length or 0), TerminationReason(str(row.reason))
         answer = self._log.finish(row.id, length, done_data(row), reason)
         if answer.verdict is Verdict.ABSENT:  # whoever still waits at the log learns of the end there
@@ -352,17 +363,23 @@ class StreamSessionManager:
             pieces = appends_of(row.id, row.epoch, thinking + content, len(thinking))
             answer = self._log.finish(row.id, length, data, reason, lost=(row.epoch, pieces))
         if answer.verdict is Verdict.BEHIND:
-            log.error("stream.log_beyond_commit", session_id=str(session_id), log_end=answer.end, committed=row.length)
-        if self._database.write(lambda s: rows.published(s, session_id, now())):
-            self._try("report", lambda: endings.report(row, stats), session_id)
+            log.error("stream.log_beyond_commit", session_id=str(row.id), log_end=answer.end, committed=row.length)
+        if ended := self._database.write(lambda s: rows.published(s, row.id, now())):
+            self._try("report", lambda: endings.report(*ended), row.id)
 
     # -- terminate -----------------------------------------------------------------------------
 
-    def terminate(self, session_id: UUID, reason: TerminationReason, by: str | None = None) -> ReceiptView:
+    def terminate(
+        self,
+        session_id: UUID,
+        reason: TerminationReason,
+        by: str | None = None,
+        row: StreamSession | None = None,
+    ) -> ReceiptView:
         """Stop a session and say how it ended: the same receipt to every caller, however many, however often.
 
-        `by` is the name of who asks. Blocks until the ending is committed, for at most
-        `terminate_wait_seconds` while a worker owns the session and a little longer in all.
+        `by` is the name of who asks; `row` the session as the caller has just read it. Blocks until the ending is
+        committed, for at most `terminate_wait_seconds` while a worker owns the session and a little longer in all.
 
         Raises:
             NotFound: there is no such session.
@@ -370,17 +387,21 @@ class StreamSessionManager:
                 and said nothing to Redis yet, which looks like a Redis that was emptied.
         """
         with tracing.span("stop", session_id=session_id, reason=reason.value):
-            row = self._record(session_id, reason, by)
+            row = self._record(row or self._queries.row(session_id), reason, by)
             if row.status == StreamStatus.ACTIVE:
                 self._stop(row)
         return self._queries.receipt(session_id)
 
-    def _record(self, session_id: UUID, reason: TerminationReason, by: str | None) -> StreamSession:
-        row = self._queries.row(session_id)
+    def _record(self, row: StreamSession, reason: TerminationReason, by: str | None) -> StreamSession:
+        """RECORD the stop; the row as it is then."""
         if row.status != StreamStatus.ACTIVE or row.stop_reason:
             return row  # no write where there is nothing to record: fifty callers cost one
-        self._database.write(lambda s: rows.record_stop(s, session_id, reason, by, now()))
-        return self._queries.row(session_id)
+
+        def work(s: Session) -> StreamSession | None:
+            rows.record_stop(s, row.id, reason, by, now())
+            return rows.get(s, row.id)
+
+        return self._database.write(work) or row
 
     def _stop(self, row: StreamSession) -> None:
         reason = TerminationReason(str(row.stop_reason))
@@ -395,8 +416,8 @@ class StreamSessionManager:
                 nudge = False
             if fence is None:
                 time.sleep(min(WITHOUT_REDIS_POLL_SECONDS, left))
-            else:
-                self._wait_ended(row.id, left)
+            elif self._wait_ended(row.id, left):
+                return
             row = self._queries.row(row.id)
         if row.status == StreamStatus.ACTIVE:
             if not row.owner:
@@ -422,12 +443,14 @@ class StreamSessionManager:
             log.warning("stream.fence_failed", session_id=str(session_id), error=repr(error))
             return None
 
-    def _wait_ended(self, session_id: UUID, timeout_seconds: float) -> None:
-        """Until `done` is in the log; without Redis, for a moment, after which the caller looks at the row."""
+    def _wait_ended(self, session_id: UUID, timeout_seconds: float) -> bool:
+        """Until `done` is in the log, which it is only behind a commit; without Redis, for a moment, after which the
+        caller looks at the row."""
         try:
-            self.wait_done(session_id, timeout_seconds)
+            return self.wait_done(session_id, timeout_seconds)
         except RedisError:
             time.sleep(min(0.1, timeout_seconds))
+            return False
 
 
 def _with_checkpoint(row: StreamSession, outcome: Outcome) -> Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 from uuid import UUID
 
 import orjson
@@ -129,21 +128,6 @@ class SessionQueries:
         if row is None:
             raise NotFound(f"There is no stream {session_id} that you can see")
         return row
-
-    def ending(self, session_id: UUID) -> tuple[StreamSession, dict[str, Any]]:
-        """The row of a session that has ended, and the upstream's own figures.
-
-        Raises:
-            NotFound: there is none.
-        """
-
-        def work(s: Session) -> tuple[StreamSession, dict[str, Any]]:
-            row = rows.get(s, session_id)
-            if row is None:
-                raise NotFound(f"There is no stream {session_id} that you can see")
-            return row, s.scalar(select(Message.stats).where(Message.id == row.message_id)) or {}
-
-        return self._database.read(work)
 
     def _view_all(self, found: Sequence[StreamSession]) -> list[SessionView]:
         active = [row.id for row in found if row.status == StreamStatus.ACTIVE]

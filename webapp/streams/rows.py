@@ -213,14 +213,22 @@ def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
     return True
 
 
-def published(s: Session, session_id: UUID, at: datetime) -> bool:
-    """Note that `done` is in the log, or that the log is gone and the database serves; once."""
-    return _changes(
+def published(s: Session, session_id: UUID, at: datetime) -> tuple[StreamSession, dict[str, Any]] | None:
+    """Note that `done` is in the log, or that the log is gone and the database serves; once.
+
+    Returns the row and the upstream's own figures to whoever was the one to note it.
+    """
+    noted = _changes(
         s,
         update(StreamSession)
         .where(StreamSession.id == session_id, StreamSession.status != ACTIVE, StreamSession.published_at.is_(None))
         .values(published_at=at),
     )
+    if not noted:
+        return None
+    where = StreamSession.id == session_id
+    row, stats = s.execute(select(StreamSession, Message.stats).join(Message).where(where)).one()
+    return row, stats or {}
 
 
 def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:

@@ -1,0 +1,154 @@
+"""What a start, a token and a stop make the system do, counted instead of timed: the same on any machine, in any mood.
+
+    python -m bench.work
+
+Redis commands are Valkey's own count (those that its scripts call included), SQL statements are the lines of
+PostgreSQL's log, and reads of the upstream are the system's own metric. What goes on without any stream is in the
+figures: heartbeats, leases, a worker that says that it is alive.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg
+import redis
+import requests
+
+from bench.rig import running
+from tests.functional.nodes import NO_PROXIES, Reader, Stack
+from tests.services import PostgresServer, wait_until
+
+STATEMENT: Final = re.compile(r"LOG:  (?:statement|execute [^:]*):")
+TOKENS: Final = 200
+PACE: Final = 50
+STOPS: Final = 20
+READS: Final = "sluicegate_streamed_chunks_total"
+
+
+@dataclass(frozen=True)
+class Work:
+    """So much of each, for each of what it was counted for."""
+
+    redis_commands: float
+    sql_statements: float
+    upstream_reads: float
+
+    def __str__(self) -> str:
+        return f"{self.redis_commands:.2f} | {self.sql_statements:.2f} | {self.upstream_reads:.2f}"
+
+
+class Counter:
+    """Counts what a system does."""
+
+    def __init__(self, stack: Stack, postgres: PostgresServer) -> None:
+        self._stack = stack
+        self._postgres = postgres
+
+    @contextmanager
+    def counting(self) -> Iterator[Callable[[int], Work]]:
+        """Yields what answers, behind the block, what was done in it for each of so many."""
+        before = self._read()
+        after: list[tuple[int, int, int]] = []
+        yield lambda count: Work(*((last - first) / count for first, last in zip(before, after[0], strict=True)))
+        after.append(self._read())
+
+    def _read(self) -> tuple[int, int, int]:
+        return self._redis_commands(), self._sql_statements(), self._upstream_reads()
+
+    def _redis_commands(self) -> int:
+        with redis.Redis.from_url(self._stack.valkey.url) as client:
+            stats: dict[str, Any] = client.info("commandstats")  # type: ignore[assignment]
+        return sum(one["calls"] for name, one in stats.items() if name != "cmdstat_info")
+
+    def _sql_statements(self) -> int:
+        return len(STATEMENT.findall(self._postgres.log_since_start()))
+
+    def _upstream_reads(self) -> int:
+        answer = requests.get(f"{self._stack.url()}/metrics", timeout=5, proxies=NO_PROXIES)
+        return int(sum(float(line.split()[-1]) for line in answer.text.splitlines() if line.startswith(READS)))
+
+
+@contextmanager
+def statements_logged(postgres: PostgresServer) -> Iterator[None]:
+    """PostgreSQL writes each statement into its log."""
+    try:
+        _say(postgres, "ALTER SYSTEM SET log_statement = 'all'")
+        yield
+    finally:
+        _say(postgres, "ALTER SYSTEM RESET log_statement")
+
+
+def _say(postgres: PostgresServer, statement: str) -> None:
+    url = postgres.url().replace("+psycopg", "")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(statement.encode())
+        connection.execute(b"SELECT pg_reload_conf()")
+
+
+def begin(stack: Stack, count: int, model: str) -> tuple[list[dict[str, Any]], list[Reader]]:
+    """So many streams, each with a reader that has been sent something."""
+    client = stack.client()
+    sessions = [client.post_message("go on", model=f"name=w{number},{model}") for number in range(count)]
+    readers = [client.follow(session["sessionId"]) for session in sessions]
+    for reader in readers:
+        wait_until(lambda reader=reader: reader.of("phase"), 30)
+    return sessions, readers
+
+
+def of_tokens(stack: Stack, counter: Counter, streams: int) -> Work:
+    """For each token, of so many streams at once, from the first to the commit."""
+    with counter.counting() as work:
+        _, readers = begin(stack, streams, f"pace={PACE},tokens={TOKENS}")
+        for reader in readers:
+            assert reader.wait_until_done(60)["reason"] == "stop"
+    return work(streams * TOKENS)
+
+
+def of_starts_and_stops(stack: Stack, counter: Counter, streams: int) -> tuple[Work, Work]:
+    """For each start of a stream, and for each stop of one, beside so many that are there and say nothing."""
+    silent = "pace=50,tokens=1000,silence_at=3:600"
+    client = stack.client()
+    beside, _ = begin(stack, streams - 1, silent)
+    with counter.counting() as starts:
+        sessions, readers = begin(stack, STOPS, silent)
+        for reader in readers:
+            reader.wait_for_text(5)
+    with counter.counting() as stops:
+        for session in sessions:
+            client.terminate(session["sessionId"])
+        for reader in readers:
+            reader.wait_until_done()
+    for session in beside:
+        client.terminate(session["sessionId"])
+    return starts(STOPS), stops(STOPS)
+
+
+def measure(stack: Stack, postgres: PostgresServer, sizes: Sequence[int]) -> dict[str, Work]:
+    """Everything, by what it is counted for."""
+    counter, found = Counter(stack, postgres), {}
+    with statements_logged(postgres):
+        of_tokens(stack, counter, 1)  # what is done for the first time is not counted
+        for size in sizes:
+            found[f"token, {size} streams"] = of_tokens(stack, counter, size)
+            starts, stops = of_starts_and_stops(stack, counter, size)
+            found[f"start, {size} streams"], found[f"stop, {size} streams"] = starts, stops
+    return found
+
+
+def main() -> int:
+    with running() as rig:
+        found = measure(rig.stack, rig.postgres, (1, 50))
+    print("| for each | Redis commands | SQL statements | reads of the upstream |\n| --- | ---: | ---: | ---: |")
+    for name, work in found.items():
+        print(f"| {name} | {work} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
