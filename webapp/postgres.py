@@ -8,11 +8,13 @@ connection with it: an answer that comes later must not be taken for that to ano
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import Any, Final
 
 import psycopg
 from psycopg.abc import RV, PQGen
+from psycopg.waiting import Ready, Wait
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -25,6 +27,8 @@ LEAST_CONNECT_SECONDS: Final = 2
 IDLE_SECONDS: Final = 1.0
 """After which a connection is tried before it is used: its server may have gone."""
 _RETURNED_AT: Final = "sluicegate_returned_at"
+_EVENTS: Final = {Wait.R: 1, Wait.W: 2, Wait.RW: 3}
+"""As gevent's loop numbers them."""
 _INTERVAL_SECONDS: Final = 0.1
 """Between two looks at whether the process was interrupted, as psycopg has it."""
 
@@ -34,15 +38,50 @@ class TimedConnection(psycopg.Connection[Any]):
 
     def wait(self, gen: PQGen[RV], interval: float = _INTERVAL_SECONDS, timeout: float | None = None) -> RV:
         left_seconds = seconds_left()
+        if left_seconds == math.inf and timeout is None and _is_patched():
+            return _wait_in_hub(gen, self.pgconn.socket, None)
         if left_seconds == math.inf:
             return super().wait(gen, interval, timeout)
         try:
+            if _is_patched():
+                return _wait_in_hub(gen, self.pgconn.socket, left_seconds)
             return super().wait(gen, interval, left_seconds)
         except psycopg.OperationalError:
             if seconds_left():
                 raise
             self.close()
             raise psycopg.OperationalError(NO_ANSWER) from None
+
+
+def _is_patched() -> bool:
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("select"))
+
+
+def _wait_in_hub(gen: PQGen[RV], fileno: int, timeout_seconds: float | None) -> RV:
+    """What `psycopg.waiting.wait_poll` does, by one watcher of gevent's instead of a poll object for each wait, which
+    costs a tenth of a process's time.
+
+    Raises:
+        psycopg.OperationalError: the time is over.
+    """
+    import gevent
+    from gevent.socket import wait as wait_for
+
+    loop, deadline = gevent.get_hub().loop, None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    try:
+        wanted = next(gen)
+        while True:
+            left_seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+            watcher = loop.io(fileno, _EVENTS[wanted])
+            try:
+                wait_for(watcher, left_seconds, psycopg.OperationalError(NO_ANSWER))
+            finally:
+                watcher.close()
+            wanted = gen.send(Ready(int(wanted)))
+    except StopIteration as end:
+        result: RV = end.value
+        return result
 
 
 def limit_waits(engine: Engine, timeout_seconds: float) -> None:

@@ -197,10 +197,8 @@ class StreamSessionManager:
             if tries is not None:
                 tries.append(moment)
             due = self._timeouts(row).due_without_token(moment, row.claimed_at or moment)
-            if not rows.claim(s, session_id, row.epoch, owner, moment, due):
-                return row, None
-            s.refresh(row)
-            return row, self._assignment(s, row)
+            claimed = rows.claim(s, session_id, row.epoch, owner, moment, due)
+            return row, claimed and self._assignment(s, claimed)
 
         row, assignment = self._database.write(work)
         if row is None:
@@ -334,7 +332,10 @@ class StreamSessionManager:
 
         def work(s: Session) -> tuple[StreamSession | None, bool]:
             row = rows.get(s, session_id)
-            return row, row is not None and row.epoch == epoch and rows.commit(s, row, ending_of(row))
+            if row is None or row.epoch != epoch or row.status != StreamStatus.ACTIVE:
+                return row, False
+            ended = rows.commit(s, row, ending_of(row))
+            return ended or row, ended is not None
 
         with tracing.span("commit", session_id=session_id, reason=reason.value):
             row, won = self._database.write(work)

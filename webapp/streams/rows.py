@@ -34,6 +34,8 @@ from webapp.streams.timing import Due
 
 REQUEST_KEY_KEPT: Final = timedelta(hours=24)
 ACTIVE = StreamStatus.ACTIVE.value
+# What a statement changes is not looked for among what was read before: whoever needs it reads it.
+_AS_READ: Final = {"synchronize_session": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +121,19 @@ def is_active(session_id: UUID, epoch: int | None = None) -> ColumnElement[bool]
 
 
 def _changes(s: Session, move: Update) -> bool:
-    """Whether the move found its row in the state that it names."""
-    return cast(CursorResult[Any], s.execute(move)).rowcount == 1
+    """Whether the move found its row in the state that it names. Rows that were read before stay as they were."""
+    return cast(CursorResult[Any], s.execute(move, execution_options=_AS_READ)).rowcount == 1
 
 
-def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime, due: Due) -> bool:
-    """CLAIM: from ACTIVE and unowned at `epoch` to owned at the next."""
-    return _changes(
+def _moved(s: Session, move: Update) -> StreamSession | None:
+    """The row as the move left it, where it found it in the state that it names."""
+    found = s.scalars(move.returning(StreamSession), execution_options=_AS_READ | {"populate_existing": True})
+    return found.one_or_none()
+
+
+def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime, due: Due) -> StreamSession | None:
+    """CLAIM: from ACTIVE and unowned at `epoch` to owned at the next; the row as it is then, or None."""
+    return _moved(
         s,
         update(StreamSession)
         .where(is_active(session_id, epoch), StreamSession.owner.is_(None))
@@ -168,11 +176,11 @@ def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str
     )
 
 
-def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
+def commit(s: Session, row: StreamSession, ending: Ending) -> StreamSession | None:
     """COMMIT: from ACTIVE at the epoch of `row` to its end, with the message, in one transaction.
 
-    Returns False, having written nothing, where the session has ended or moved to another epoch, or has a checkpoint
-    that is longer than that text.
+    Returns the row as it is then; None, having written nothing, where the session has ended or moved to another epoch,
+    or has a checkpoint that is longer than that text.
     """
     status = ending.reason.status
     ended = (
@@ -197,8 +205,9 @@ def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
             checkpoint="",
         )
     )
-    if not _changes(s, ended):
-        return False
+    moved = _moved(s, ended)
+    if moved is None:
+        return None
     s.execute(
         update(Message)
         .where(Message.id == row.message_id)
@@ -208,9 +217,10 @@ def commit(s: Session, row: StreamSession, ending: Ending) -> bool:
             status=status.value,
             reason=ending.reason.value,
             stats=ending.stats,
-        )
+        ),
+        execution_options=_AS_READ,
     )
-    return True
+    return moved
 
 
 def published(s: Session, session_id: UUID, at: datetime) -> tuple[StreamSession, dict[str, Any]] | None:
