@@ -3,14 +3,16 @@
     python -m bench.work
 
 Redis commands are Valkey's own count (those that its scripts call included), SQL statements are the lines of
-PostgreSQL's log, and reads of the upstream are the system's own metric. What goes on without any stream is in the
-figures: heartbeats, leases, a worker that says that it is alive.
+PostgreSQL's log, and reads of the upstream are the system's own metric. What goes on all the time, as heartbeats and
+leases, is counted for some seconds before, and taken off.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +27,10 @@ from tests.functional.nodes import NO_PROXIES, Reader, Stack
 from tests.services import PostgresServer, wait_until
 
 STATEMENT: Final = re.compile(r"LOG:  (?:statement|execute [^:]*):")
-TOKENS: Final = 200
+TOKENS: Final = 150
 PACE: Final = 50
 STOPS: Final = 20
+BACKGROUND_SECONDS: Final = 2.0
 READS: Final = "sluicegate_streamed_chunks_total"
 
 
@@ -52,14 +55,25 @@ class Counter:
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[int], Work]]:
-        """Yields what answers, behind the block, what was done in it for each of so many."""
+        """Yields what answers, behind the block, what was done in it for each of so many, and would not have been done
+        without it."""
+        idle = self._read()
+        threading.Event().wait(BACKGROUND_SECONDS)
         before = self._read()
-        after: list[tuple[int, int, int]] = []
-        yield lambda count: Work(*((last - first) / count for first, last in zip(before, after[0], strict=True)))
+        after: list[Sequence[float]] = []
+
+        def answer(count: int) -> Work:
+            (began, *first), (ended, *last), seconds = before, after[0], before[0] - idle[0]
+            rates = [(one - other) / seconds for one, other in zip(first, idle[1:], strict=True)]
+            done = zip(first, last, rates, strict=True)
+            return Work(*(max(0.0, two - one - rate * (ended - began)) / count for one, two, rate in done))
+
+        yield answer
         after.append(self._read())
 
-    def _read(self) -> tuple[int, int, int]:
-        return self._redis_commands(), self._sql_statements(), self._upstream_reads()
+    def _read(self) -> Sequence[float]:
+        """The moment in seconds, then each of the counts."""
+        return time.monotonic(), self._redis_commands(), self._sql_statements(), self._upstream_reads()
 
     def _redis_commands(self) -> int:
         with redis.Redis.from_url(self._stack.valkey.url) as client:

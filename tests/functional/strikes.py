@@ -57,7 +57,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "commit, in its transaction": (rows, "commit"),
     "commit": (StreamSessionManager, "_commit"),
     "report": (endings, "report"),
-    "publish": (StreamSessionManager, "publish"),
+    "publish": (StreamSessionManager, "_publish"),
     "done": (TokenLog, "finish"),
     "published": (rows, "published"),
 }

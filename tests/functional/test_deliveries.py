@@ -136,7 +136,7 @@ def test_one_that_comes_after_the_end(stack: Stack, client: Client, upstream: Up
 def test_one_that_comes_after_another_has_taken_over(stack: Stack, client: Client, upstream: UpstreamProcess) -> None:
     """The first worker's message, once more, while the second goes on: it goes on."""
     stack.start_recovery()
-    model = "name=taken,pace=10,tokens=150,alphabet=mixed"
+    model = "name=taken,pace=20,tokens=170,alphabet=mixed"
     session = client.post_message("go on", model=model)
     reader = client.follow(session["sessionId"])
     reader.wait_for_text(40)

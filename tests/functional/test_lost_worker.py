@@ -22,8 +22,8 @@ ALLOWED_SECONDS = 2.0
 """Beyond the lease, until the text goes on."""
 STREAMS = 20
 KEEPS = 2
-MODEL = "pace=8,tokens=100,alphabet=mixed"
-THINKS = "pace=8,thinking=80,tokens=10,alphabet=mixed"
+MODEL = "pace=14,tokens=130,alphabet=mixed"
+THINKS = "pace=14,thinking=110,tokens=10,alphabet=mixed"
 
 
 pytestmark = pytest.mark.usefixtures("recovery")

@@ -22,8 +22,8 @@ from tests.services import ROOT, clean_environment
 from tests.upstream import UpstreamProcess
 
 EXAMPLES = os.environ.get("SLUICEGATE_FUZZ_EXAMPLES", "8")
-REST_SECONDS = int(os.environ.get("SLUICEGATE_FUZZ_SECONDS", "20"))
-GRAPHQL_SECONDS = int(os.environ.get("SLUICEGATE_FUZZ_SECONDS", "10"))
+REST_SECONDS = int(os.environ.get("SLUICEGATE_FUZZ_SECONDS", "14"))
+GRAPHQL_SECONDS = int(os.environ.get("SLUICEGATE_FUZZ_SECONDS", "8"))
 CASES = int(os.environ.get("SLUICEGATE_FUZZ_CASES", "1"))
 SEED = int(os.environ.get("SLUICEGATE_FUZZ_SEED", "7"))
 GROWTH_KB = 60_000

@@ -11,8 +11,8 @@ from tests.integration.world import World
 from tests.services import ValkeyServer
 from webapp.models import StreamSession
 
-MANY = 40_000
-"""Ended sessions. `make bench-reaper` has 25 times as many, which takes longer to fill in than all tests."""
+MANY = 20_000
+"""Ended sessions. `make bench-reaper` has 50 times as many, which takes longer to fill in than all tests."""
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

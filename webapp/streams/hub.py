@@ -148,7 +148,9 @@ class StreamHub:
         self._threads: list[threading.Thread] = []
         self._watching: Counter[UUID] = Counter()
         self._abandonable: set[UUID] = set()
-        self._left: set[UUID] = set()
+        self._changed: set[UUID] = set()
+        """Where somebody has come or gone since the last report."""
+        self._report_all_at = 0.0
         self._report_due = threading.Event()
         self._check_due = threading.Event()
         self._trouble: set[str] = set()
@@ -165,6 +167,7 @@ class StreamHub:
         self._start()
         with self._lock:
             self._watching[session_id] += 1
+            self._changed.add(session_id)
             if abandonable:
                 self._abandonable.add(session_id)
         self._report_due.set()
@@ -175,7 +178,7 @@ class StreamHub:
             self._watching[session_id] -= 1
             if not self._watching[session_id]:
                 del self._watching[session_id]
-                self._left.add(session_id)
+            self._changed.add(session_id)
         self._report_due.set()
 
     def attach(self, session_id: UUID, last: Position) -> tuple[Subscription, Position]:
@@ -388,18 +391,23 @@ class StreamHub:
                 subscription.signal(Signal.ENDED)
 
     def _report_once(self) -> None:
-        """Say who is watching: as soon as somebody comes or goes, and again and again."""
-        self._report_due.wait(self._report_seconds)
+        """Say who is watching: a session as soon as somebody comes to it or leaves it, and all again and again."""
+        self._report_due.wait(max(0.0, self._report_all_at - time.monotonic()))
         self._report_due.clear()
+        everything = time.monotonic() >= self._report_all_at
         with self._lock:
-            viewers, abandonable = dict(self._watching), list(self._abandonable)
-            left, self._left = self._left - viewers.keys(), set()
-            self._abandonable -= left  # told once more, though: the grace begins when the last has gone
+            abandonable = list(self._abandonable) if everything else [*(self._abandonable & self._changed)]
+            changed, self._changed = self._changed, set()
+            viewers = {one: self._watching[one] for one in (self._watching.keys() | changed if everything else changed)}
+            # Told once more, though: the grace begins when the last has gone.
+            self._abandonable -= {one for one, count in viewers.items() if not count}
+        if everything:
+            self._report_all_at = time.monotonic() + self._report_seconds
         try:
-            self._report_viewers(viewers | dict.fromkeys(left, 0))
+            self._report_viewers(viewers)
         except RedisError:
             with self._lock:
-                self._left |= left
+                self._changed |= changed
             raise
         finally:  # neither waits for the other: who ends what nobody watches asks both
             if abandonable:
