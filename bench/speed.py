@@ -186,6 +186,7 @@ async def tokens(subject: Subject, streams: int, seconds: float) -> dict[str, An
         await asyncio.sleep(1)
         gc.collect()
         cpu, before = subject.cpu_seconds(), sum(reader.tokens for reader in readers)
+        await asyncio.sleep(0.2)  # what came while this looked elsewhere is read, and its age not noted
         for reader in readers:
             reader.keeps = True
         await asyncio.sleep(seconds)
@@ -219,9 +220,12 @@ async def memory(subject: Subject, sizes: Sequence[int]) -> dict[int, dict[str, 
         async with crowd(subject, size, f"pace=5,tokens={LONG}") as readers:
             await asyncio.sleep(3)
             cpu, count = subject.cpu_seconds(), sum(reader.tokens for reader in readers)
+            await asyncio.sleep(0.2)
             for reader in readers:
                 reader.keeps = True
             await asyncio.sleep(5)
+            for reader in readers:
+                reader.keeps = False
             after, count = subject.cpu_seconds(), sum(reader.tokens for reader in readers) - count
             ages = sorted(age for reader in readers for age in reader.ages)
             now_kb = subject.memory_kb()
@@ -317,6 +321,7 @@ async def measure(model_url: str, subjects: Sequence[Subject], short: bool, only
     if wanted("memory"):
         for subject in subjects:
             if subject.processes:
+                say("idle", subject, subject.memory_kb())
                 say("memory", subject, await memory(subject, (10, 100) if short else (10, 100, 1000)))
     if wanted("readers"):
         for subject in subjects:
@@ -324,6 +329,67 @@ async def measure(model_url: str, subjects: Sequence[Subject], short: bool, only
                 ages = await readers_of_one(subject, (1, 10, 100) if short else (1, 10, 100, 1000), seconds)
                 say("readers", subject, {count: summary(values) for count, values in ages.items()})
     return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """As Markdown: rows of what was measured, columns of whom. Times are in ms: the median, and p99 behind the bar."""
+    names = list(dict.fromkeys(name for part in found.values() for name in part))
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+
+    def row(title: str, cell: Callable[[str], str]) -> None:
+        lines.append(f"| {title} | " + " | ".join(cell(name) for name in names) + " |")
+
+    for part, subjects in found.items():
+        if part.startswith("stop"):
+            for step in dict.fromkeys(step for steps in subjects.values() for step in steps):
+                if step != "answer" and any(steps.get(step, {}).get("n") for steps in subjects.values()):
+                    title = part.replace("stop", step) if step == "first token" else f"{part} → {step}"
+                    row(title, lambda name, subjects=subjects, step=step: _times(subjects[name].get(step)))
+            row(f"{part} → answer", lambda name, subjects=subjects: _times(_answers(subjects[name])))
+        elif part.startswith("tokens"):
+            row(f"{part}: age of one", lambda name, subjects=subjects: _times(subjects[name]["age"]))
+            row(f"{part}: CPU s for 100,000", lambda name, subjects=subjects: _cpu(subjects[name]["cpu"]))
+        elif part.startswith("unpaced"):
+            row(f"{part}: tokens a second", lambda name, subjects=subjects: f"{subjects[name]:,.0f}")
+        elif part == "idle":
+            row("with no stream: MB", lambda name, subjects=subjects: _megabytes(subjects.get(name)))
+        elif part == "memory":
+            for size in next(iter(subjects.values())):
+                title = f"{size} streams of 5 tokens a second: KB each, age of a token, CPU s for 100,000"
+                row(title, lambda name, subjects=subjects, size=size: _memory(subjects.get(name, {}).get(size)))
+        elif part == "readers":
+            for count, ages in next(iter(subjects.values())).items():
+                row(f"{count} readers of one stream: age of a token", lambda name, ages=ages: _times(ages))
+    return "\n".join(lines)
+
+
+def _times(ages: dict[str, Any] | None) -> str:
+    return f"{ages['p50']:.1f} \\| {ages['p99']:.1f}" if ages and ages["n"] else ""
+
+
+def _answers(steps: dict[str, Any]) -> dict[str, Any] | None:
+    return steps["answer"] if "commit" in steps else None
+
+
+def _cpu(used: dict[str, float]) -> str:
+    """All, and of which kind of process how much."""
+    kinds = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in used.items() if kind != "all" and seconds >= 0.1)
+    return f"{used['all']:.1f} ({kinds})" if kinds else ""
+
+
+def _megabytes(used: dict[str, float] | None) -> str:
+    if used is None:
+        return ""
+    return f"{sum(used.values()) / 1024:.0f} ({', '.join(f'{kind} {kb / 1024:.0f}' for kind, kb in used.items())})"
+
+
+def _memory(figures: dict[str, float] | None) -> str:
+    if figures is None:
+        return ""
+    kinds = {kind: kb for kind, kb in figures.items() if kind not in ("age p50", "age p99", "cpu per 100k")}
+    each = ", ".join(f"{kind} {kb:.0f}" for kind, kb in kinds.items() if kb >= 1)
+    ages = f"{figures['age p50'] * 1000:.1f} \\| {figures['age p99'] * 1000:.1f}"
+    return f"{sum(kinds.values()):.0f} ({each}); {ages} ms; {figures['cpu per 100k']:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -343,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subjects.append(resumable)
         subjects.append(stack.enter_context(sluicegate(directory, model_url, postgres)))
         found = asyncio.run(measure(model_url, subjects, options.short, options.only))
+    print(table(found))
     if options.json:
         found["machine"] = {"cores": psutil.cpu_count(), "python": sys.version.split()[0]}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

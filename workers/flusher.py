@@ -1,7 +1,8 @@
 """The flusher: one group commit for all sessions of a process.
 
 What arrived while the last flush was under way goes with the next, in one pipeline. So the first token
-of a quiet session leaves at once, and a busy process writes large groups, without a timer.
+of a quiet session leaves at once; a process that serves many rests for a moment between two flushes, and
+writes large groups.
 """
 
 from __future__ import annotations

@@ -712,10 +712,11 @@ class TestTerminateQueued:
                 worker.end(USER if answer.fenced else STOP)
             return None
 
-        for _ in range(4):
+        for _ in range(20):
             session_id = world.start().session_id
-            receipts = [one for one in at_once(6, race) if isinstance(one, ReceiptView)]
-            assert len(receipts) == 3
+            said = at_once(6, race)
+            receipts = [one for one in said if isinstance(one, ReceiptView)]
+            assert len(receipts) == 3, said
             assert len(set(map(repr, receipts))) == 1
             assert len(world.dones(session_id)) == 1
             assert world.message(session_id).content == world.log.text(session_id)[0]

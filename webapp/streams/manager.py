@@ -433,8 +433,14 @@ class StreamSessionManager:
         while (row := self._queries.row(session_id)).status == StreamStatus.ACTIVE:
             if row.owner and (left := deadline - time.monotonic()) > 0:
                 self._wait_ended(session_id, left)
-            else:
+                continue
+            try:
                 self.settle(session_id, reason)
+            except Unavailable:
+                # A worker that has claimed it since and not said so to Redis yet looks like a log that was lost.
+                claimed = row.owner is None and self._queries.row(session_id).owner
+                if not claimed or time.monotonic() >= deadline:
+                    raise
 
     def _try_fence(self, session_id: UUID, reason: TerminationReason) -> Answer | None:
         try:
