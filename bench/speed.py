@@ -273,10 +273,11 @@ def summary(values: Sequence[float | None]) -> dict[str, float | int | None]:
     return {"p50": statistics.median(there), "p99": p99, "n": len(there), "missing": len(values) - len(there)}
 
 
-async def measure(model_url: str, subjects: Sequence[Subject], short: bool, only: Sequence[str]) -> dict[str, Any]:
-    """Every part, of every subject."""
-    count, seconds = (10, 3.0) if short else (60, 8.0)
-    found: dict[str, Any] = {}
+async def measure(
+    model_url: str, subjects: Sequence[Subject], short: bool, only: Sequence[str], found: dict[str, Any]
+) -> None:
+    """Every part, of every subject; what was found so far is kept where one fails."""
+    count, seconds = (10, 3.0) if short else (40, 8.0)
 
     def wanted(part: str) -> bool:
         return not only or part in only
@@ -328,7 +329,6 @@ async def measure(model_url: str, subjects: Sequence[Subject], short: bool, only
             if isinstance(subject, Sluicegate):
                 ages = await readers_of_one(subject, (1, 10, 100) if short else (1, 10, 100, 1000), seconds)
                 say("readers", subject, {count: summary(values) for count, values in ages.items()})
-    return found
 
 
 def table(found: dict[str, Any]) -> str:
@@ -336,10 +336,11 @@ def table(found: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for part in found.values() for name in part))
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
 
-    def row(title: str, cell: Callable[[str], str]) -> None:
-        lines.append(f"| {title} | " + " | ".join(cell(name) for name in names) + " |")
-
     for part, subjects in found.items():
+
+        def row(title: str, cell: Callable[[str], str], there: Any = subjects) -> None:
+            lines.append(f"| {title} | " + " | ".join(cell(name) if name in there else "" for name in names) + " |")
+
         if part.startswith("stop"):
             for step in dict.fromkeys(step for steps in subjects.values() for step in steps):
                 if step != "answer" and any(steps.get(step, {}).get("n") for steps in subjects.values()):
@@ -352,11 +353,11 @@ def table(found: dict[str, Any]) -> str:
         elif part.startswith("unpaced"):
             row(f"{part}: tokens a second", lambda name, subjects=subjects: f"{subjects[name]:,.0f}")
         elif part == "idle":
-            row("with no stream: MB", lambda name, subjects=subjects: _megabytes(subjects.get(name)))
+            row("with no stream: MB", lambda name, subjects=subjects: _megabytes(subjects[name]))
         elif part == "memory":
             for size in next(iter(subjects.values())):
                 title = f"{size} streams of 5 tokens a second: KB each, age of a token, CPU s for 100,000"
-                row(title, lambda name, subjects=subjects, size=size: _memory(subjects.get(name, {}).get(size)))
+                row(title, lambda name, subjects=subjects, size=size: _memory(subjects[name][size]))
         elif part == "readers":
             for count, ages in next(iter(subjects.values())).items():
                 row(f"{count} readers of one stream: age of a token", lambda name, ages=ages: _times(ages))
@@ -377,15 +378,11 @@ def _cpu(used: dict[str, float]) -> str:
     return f"{used['all']:.1f} ({kinds})" if kinds else ""
 
 
-def _megabytes(used: dict[str, float] | None) -> str:
-    if used is None:
-        return ""
+def _megabytes(used: dict[str, float]) -> str:
     return f"{sum(used.values()) / 1024:.0f} ({', '.join(f'{kind} {kb / 1024:.0f}' for kind, kb in used.items())})"
 
 
-def _memory(figures: dict[str, float] | None) -> str:
-    if figures is None:
-        return ""
+def _memory(figures: dict[str, float]) -> str:
     kinds = {kind: kb for kind, kb in figures.items() if kind not in ("age p50", "age p99", "cpu per 100k")}
     each = ", ".join(f"{kind} {kb:.0f}" for kind, kb in kinds.items() if kb >= 1)
     ages = f"{figures['age p50'] * 1000:.1f} \\| {figures['age p99'] * 1000:.1f}"
@@ -408,11 +405,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if resumable := stack.enter_context(resumable_stream(directory, model_url)):
             subjects.append(resumable)
         subjects.append(stack.enter_context(sluicegate(directory, model_url, postgres)))
-        found = asyncio.run(measure(model_url, subjects, options.short, options.only))
-    print(table(found))
-    if options.json:
-        found["machine"] = {"cores": psutil.cpu_count(), "python": sys.version.split()[0]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found: dict[str, Any] = {}
+        try:
+            asyncio.run(measure(model_url, subjects, options.short, options.only, found))
+        finally:
+            print(table(found))
+            if options.json:
+                machine = {"cores": psutil.cpu_count(), "python": sys.version.split()[0]}
+                options.json.write_text(json.dumps(found | {"machine": machine}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
