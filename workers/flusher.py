@@ -24,7 +24,7 @@ from webapp.streams.log import Answer, Append, Mark, TokenLog
 log = structlog.get_logger(__name__)
 
 REST_SECONDS: Final = 0.001
-"""Between two flushes that come one upon the other: what arrives meanwhile goes together, which costs half as much."""
+"""Between two flushes that come one upon the other: what arrives meanwhile goes together, which costs less."""
 BUSY_SESSIONS: Final = 3
 """That a flush has written at least where the next is not to follow at once: fewer do not save anything by waiting."""
 RETRY_FIRST_SECONDS: Final = 0.05
