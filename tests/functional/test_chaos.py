@@ -15,7 +15,7 @@ SEED = int(os.environ.get("SLUICEGATE_CHAOS_SEED", "16409"))
 STREAMS = 30
 MINUTES = float(os.environ.get("SLUICEGATE_CHAOS_MINUTES", "1"))
 KINDS = 6
-"""Of faults that a minute has room for on a busy machine; each kind has a test of its own besides."""
+"""Of faults that a minute has room for on a busy machine; `make chaos` has all of them."""
 
 
 @pytest.mark.timeout(400)
