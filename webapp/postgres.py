@@ -38,14 +38,11 @@ class TimedConnection(psycopg.Connection[Any]):
 
     def wait(self, gen: PQGen[RV], interval: float = _INTERVAL_SECONDS, timeout: float | None = None) -> RV:
         left_seconds = seconds_left()
-        if left_seconds == math.inf and timeout is None and _is_patched():
-            return _wait_in_hub(gen, self.pgconn.socket, None)
-        if left_seconds == math.inf:
-            return super().wait(gen, interval, timeout)
+        limit_seconds = timeout if left_seconds == math.inf else left_seconds
         try:
             if _is_patched():
-                return _wait_in_hub(gen, self.pgconn.socket, left_seconds)
-            return super().wait(gen, interval, left_seconds)
+                return _wait_in_hub(gen, self.pgconn.socket, limit_seconds)
+            return super().wait(gen, interval, limit_seconds)
         except psycopg.OperationalError:
             if seconds_left():
                 raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gevent
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -147,11 +148,47 @@ class TestADatabaseThatDoesNotAnswer:
             direct.execute(sa.text(f"SET lock_timeout = '{TIMEOUT_SECONDS + SLACK_SECONDS}s'"))
             direct.execute(ADD_ONE, {"id": 1})
 
+    def test_under_gevent_too_where_the_other_greenlets_run_on(
+        self, far: Database, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There, waits are made by gevent's loop, which is told the deadline by us."""
+        monkeypatch.setattr("webapp.postgres._is_patched", lambda: True)
+        assert value(far) == 0
+        proxy.swallow()
+        meanwhile = gevent.spawn(gevent.sleep, TIMEOUT_SECONDS / 10)
+        with gevent.Timeout(2 * TIMEOUT_SECONDS, AssertionError("it waits for ever")):
+            seconds, _ = refused_after_seconds(lambda: value(far))
+        assert TIMEOUT_SECONDS / 2 < seconds < TIMEOUT_SECONDS + SLACK_SECONDS
+        assert meanwhile.ready()
+        proxy.pass_on()
+        assert value(far) == 0
+
     def test_what_is_no_unit_of_work_has_no_limit(self, far: Database) -> None:
         """A migration takes as long as it takes."""
         with far.engine.connect() as connection:
             connection.execute(sa.text("SET statement_timeout = 0"))
             connection.execute(sa.text(f"SELECT pg_sleep({TIMEOUT_SECONDS + 0.3})"))
+
+
+class TestAConnectionThatBreaksInThePool:
+    """As all do when the server, or what is in between, is started anew: nobody is told of it before he uses one."""
+
+    def test_is_tried_first_where_it_has_been_idle(
+        self, far: Database, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And replaced, so that its user does not notice."""
+        monkeypatch.setattr("webapp.postgres.IDLE_SECONDS", 0)
+        proxy.reset()
+        assert value(far) == 0
+
+    def test_is_not_tried_where_it_has_not(
+        self, far: Database, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its user is told to try again; the next finds another."""
+        monkeypatch.setattr("webapp.postgres.IDLE_SECONDS", 3600)
+        proxy.reset()
+        refused_after_seconds(lambda: value(far))
+        assert value(far) == 0
 
 
 class TestACommit:
