@@ -95,6 +95,10 @@ bench-lost-worker: install ## Measure how soon the streams of a killed worker go
 bench-speed: install ## Measure what tokens, stops and streams cost beside others; ARGS="--short --only stops"
 	$(BIN)/python -m bench.speed $(ARGS)
 
+.PHONY: bench-work
+bench-work: install ## Count what tokens, starts and stops make the system do, against their limits; ARGS="--json PATH"
+	$(BIN)/python -m bench.work $(ARGS)
+
 .PHONY: chaos
 chaos: install ## Break one thing after another under load, and audit every stream; ARGS="--seed 7 --minutes 10"
 	$(BIN)/python -m bench.chaos $(ARGS)

@@ -1,21 +1,25 @@
 """What a start, a token and a stop make the system do, counted instead of timed: the same on any machine, in any mood.
 
-    python -m bench.work
+    python -m bench.work [--json PATH]
 
 Redis commands are Valkey's own count (those that its scripts call included), SQL statements are the lines of
 PostgreSQL's log, and reads of the upstream are the system's own metric. What goes on all the time, as heartbeats and
-leases, is counted for some seconds before, and taken off.
+leases, is counted for some seconds before, and taken off. It ends with 1 where a figure is beyond its limit, or so
+small that nothing can have been counted.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import psycopg
@@ -27,6 +31,8 @@ from tests.functional.nodes import NO_PROXIES, Reader, Stack
 from tests.services import PostgresServer, wait_until
 
 STATEMENT: Final = re.compile(r"LOG:  (?:statement|execute [^:]*):")
+SIZES: Final = (1, 50)
+"""How many streams there are at once."""
 TOKENS: Final = 150
 PACE: Final = 50
 STOPS: Final = 20
@@ -44,6 +50,23 @@ class Work:
 
     def __str__(self) -> str:
         return f"{self.redis_commands:.2f} | {self.sql_statements:.2f} | {self.upstream_reads:.2f}"
+
+
+LIMITS: Final = {
+    "token, 1 streams": Work(redis_commands=6.2, sql_statements=0.35, upstream_reads=1.05),
+    "token, 50 streams": Work(redis_commands=5.3, sql_statements=0.22, upstream_reads=1.05),
+    "start, 1 streams": Work(redis_commands=74.0, sql_statements=21.0, upstream_reads=3.5),
+    "start, 50 streams": Work(redis_commands=74.0, sql_statements=21.0, upstream_reads=3.5),
+    "stop, 1 streams": Work(redis_commands=25.0, sql_statements=21.5, upstream_reads=0.5),
+    "stop, 50 streams": Work(redis_commands=25.0, sql_statements=21.5, upstream_reads=0.5),
+}
+"""At most; some 15 % above what was reached."""
+LEAST: Final = {
+    "token": Work(redis_commands=0.0, sql_statements=0.0, upstream_reads=0.9),
+    "start": Work(redis_commands=1.0, sql_statements=1.0, upstream_reads=0.0),
+    "stop": Work(redis_commands=1.0, sql_statements=1.0, upstream_reads=0.0),
+}
+"""At least: with less, it is the counter that does not work."""
 
 
 class Counter:
@@ -155,13 +178,39 @@ def measure(stack: Stack, postgres: PostgresServer, sizes: Sequence[int]) -> dic
     return found
 
 
-def main() -> int:
-    with running() as rig:
-        found = measure(rig.stack, rig.postgres, (1, 50))
-    print("| for each | Redis commands | SQL statements | reads of the upstream |\n| --- | ---: | ---: | ---: |")
+def beyond(found: Mapping[str, Work]) -> list[str]:
+    """What is more than its limit, or less than can be, each as a line."""
+    lines = [f"{name} was not measured" for name in LIMITS if name not in found]
     for name, work in found.items():
-        print(f"| {name} | {work} |")
-    return 0
+        least, most = asdict(LEAST[name.partition(",")[0]]), asdict(LIMITS[name])
+        lines += [
+            f"{name}: {count:.2f} {kind.replace('_', ' ')}, and not {least[kind]} to {most[kind]}"
+            for kind, count in asdict(work).items()
+            if not least[kind] <= count <= most[kind]
+        ]
+    return lines
+
+
+def table(found: Mapping[str, Work]) -> str:
+    """As Markdown."""
+    lines = ["| for each | Redis commands | SQL statements | reads of the upstream |", "| --- | ---: | ---: | ---: |"]
+    return "\n".join([*lines, *(f"| {name} | {work} |" for name, work in found.items())])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    options = parser.parse_args(arguments)
+    with running() as rig:
+        found = measure(rig.stack, rig.postgres, SIZES)
+    print(table(found))
+    if options.json:
+        figures = {name: asdict(work) for name, work in found.items()}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    wrong = beyond(found)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
