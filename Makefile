@@ -79,6 +79,17 @@ model: install ## Check the model of the protocol; needs spin and a C compiler
 	@command -v spin >/dev/null || { echo "spin is not installed: get it from your system's packages" >&2; exit 1; }
 	$(BIN)/python docs/model/check.py
 
+# Each of these has a target `bench-…`; one whose bound is missed hinders no other.
+BENCHES := stability reaper $(patsubst bench/%.py,%,$(wildcard bench/scale.py)) lost-worker speed work
+
+.PHONY: bench
+bench: ## Run all benches one after another, half an hour; `make chaos` and `make fuzz` are not among them
+	@missed=; for bench in $(BENCHES); do \
+	  echo "bench-$$bench"; \
+	  $(MAKE) --no-print-directory bench-$$bench ARGS="--json bench/results/$$(echo $$bench | tr - _).json" \
+	    || missed="$$missed bench-$$bench"; \
+	done; [ -z "$$missed" ] || { echo "Bounds are missed, or something failed, in:$$missed" >&2; exit 1; }
+
 .PHONY: bench-stability
 bench-stability: install ## Measure what streams leave behind, and what each takes; ARGS="--short"
 	$(BIN)/python -m bench.stability $(ARGS)
@@ -94,6 +105,11 @@ bench-lost-worker: install ## Measure how soon the streams of a killed worker go
 .PHONY: bench-speed
 bench-speed: install ## Measure what tokens, stops and streams cost beside others; ARGS="--short --only stops"
 	$(BIN)/python -m bench.speed $(ARGS)
+
+.PHONY: bench-plots
+bench-plots: install ## Draw the plots of docs/performance.md from bench/results/speed.json; installs matplotlib
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m bench.speed_plots bench/results/speed.json docs/images
 
 .PHONY: bench-work
 bench-work: install ## Count what tokens, starts and stops make the system do, against their limits; ARGS="--json PATH"
@@ -134,7 +150,7 @@ fuzz-protocol: install ## Explore the stop protocol: 10,000 orders of its steps;
 lock: ## Write constraints.txt anew, with the newest version of everything
 	rm -rf .lock
 	$(PYTHON) -m venv .lock
-	.lock/bin/python -m pip install --quiet '.[test,dev,otel]'
+	.lock/bin/python -m pip install --quiet '.[test,dev,otel,bench]'
 	{ head -1 constraints.txt; .lock/bin/python -m pip freeze --exclude sluicegate; } > .lock/constraints.txt
 	mv .lock/constraints.txt constraints.txt
 	rm -rf .lock build

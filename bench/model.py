@@ -4,7 +4,7 @@
 
 The tests' own server decides about single bytes, which costs time for each token; this one only speaks. A model's name
 is its script: `name=s1,pace=50,tokens=1000,silent_at=20`. `pace` is tokens a second, 0 is as fast as they are taken;
-before the token `silent_at` it says nothing for `SILENCE_SECONDS`. A token is `~`, the microseconds of
+before the token `silent_at` it says nothing for `silence` seconds. A token is `~`, the microseconds of
 `time.monotonic()` at which it was written, and a space: whoever reads it knows how old it is. When a client goes is
 noted at once.
 """
@@ -20,7 +20,6 @@ from typing import Any, Final
 
 from tests.services import HOST
 
-SILENCE_SECONDS: Final = 15.0
 BLOCK_TOKENS: Final = 64
 """That a model without a pace says at a time."""
 TOKEN_CHARACTERS: Final = 15
@@ -51,6 +50,8 @@ class Script:
     pace: float = 50.0
     tokens: int = 1000
     silent_at: int = -1
+    silence: float = 15.0
+    """Seconds."""
 
     @classmethod
     def parse(cls, model: str) -> Script:
@@ -60,7 +61,7 @@ class Script:
             ValueError: a word has no number. TypeError: a word is unknown.
         """
         words = dict(word.split("=", 1) for word in model.split(",") if "=" in word)
-        types = {"name": str, "pace": float}
+        types = {"name": str, "pace": float, "silence": float}
         return cls(**{key: types.get(key, int)(value) for key, value in words.items()})  # type: ignore[arg-type]
 
 
@@ -116,9 +117,9 @@ class Speaker(asyncio.Protocol):
         chat, script = self._chat, self._script
         assert chat
         if chat.tokens == script.silent_at:
-            self._began_at += SILENCE_SECONDS
+            self._began_at += script.silence
             self._script = Script(script.name, script.pace, script.tokens)
-            self._timer = self._loop.call_later(SILENCE_SECONDS, self._go_on)
+            self._timer = self._loop.call_later(script.silence, self._go_on)
             return
         # By the clock, and not by adding up waits, so that a busy machine does not slow it down.
         in_time = 1 + int((self._loop.time() - self._began_at) * script.pace)

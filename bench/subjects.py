@@ -20,6 +20,7 @@ from typing import Any, Final
 import psutil
 
 from bench import wire
+from bench.speed_report import NAIVE, OURS, RESUMABLE
 from tests.functional.nodes import Stack
 from tests.services import (
     HOST,
@@ -76,10 +77,10 @@ class Subject:
             assert response.status == 200, await response.body(5)
             yield Talk(name, response, response.headers.get("x-stream-session-id", name))
 
-    async def stop(self, talk: Talk) -> dict[str, Any]:
-        """As it can be stopped: here, by going away."""
+    async def stop(self, talk: Talk) -> dict[str, Any] | None:
+        """As it can be stopped: here, by going away. What it was answered; None where nobody answers."""
         talk.response.abort()
-        return {}
+        return None
 
     def cpu_seconds(self) -> dict[str, float]:
         """That each kind of its processes has used."""
@@ -103,9 +104,8 @@ class ResumableStream(Subject):
     """With the stop that the bench's own server adds to it."""
 
     async def stop(self, talk: Talk) -> dict[str, Any]:
-        async with wire.request(
-            self.url, "POST", "/stop", {}, {"id": talk.name}, timeout_seconds=HEAD_SECONDS
-        ) as answer:
+        body = {"id": talk.name}
+        async with wire.request(self.url, "POST", "/stop", {}, body, timeout_seconds=HEAD_SECONDS) as answer:
             await answer.body(HEAD_SECONDS)
         return {}
 
@@ -115,6 +115,18 @@ class Sluicegate(Subject):
     """The whole of it, with sign-in, queue, log and database."""
 
     token: str = ""
+
+    @contextmanager
+    def frozen_workers(self) -> Iterator[None]:
+        """No worker takes a stream, so that what is asked for stays queued; they go on behind the block."""
+        frozen = self.processes["worker"]()
+        try:
+            for process in frozen:
+                process.suspend()
+            yield
+        finally:
+            for process in frozen:
+                process.resume()
 
     def request(self, model: str, stream_id: str) -> tuple[str, dict[str, str], dict[str, Any]]:
         headers = {"Authorization": f"Bearer {self.token}", "Accept": "text/event-stream"}
@@ -165,7 +177,7 @@ def naive_proxy(directory: Path, model_url: str) -> Iterator[Subject]:
     )
     process.start()
     process.await_ready()
-    yield Subject("naive Flask proxy", f"http://{HOST}:{port}", {"web": process.family})
+    yield Subject(NAIVE, f"http://{HOST}:{port}", {"web": process.family})
     process.kill()
 
 
@@ -180,9 +192,10 @@ def resumable_stream(directory: Path, model_url: str) -> Iterator[Subject | None
     place = directory / "resumable_stream"
     shutil.copytree(NODE_PACKAGES, place)
     install = [npm, "install", "--no-package-lock", "--no-audit", "--no-fund"]
-    done = subprocess.run(install, cwd=place, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        print(f"resumable-stream is left out: {done.stderr}", file=sys.stderr)
+    try:
+        subprocess.run(install, cwd=place, capture_output=True, text=True, timeout=120, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"resumable-stream is left out: {error}\n{error.stderr}", file=sys.stderr)
         yield None
         return
     valkey, port = valkey_server(directory / "resumable-valkey"), free_port()
@@ -193,9 +206,7 @@ def resumable_stream(directory: Path, model_url: str) -> Iterator[Subject | None
     process.start()
     url = f"http://{HOST}:{port}"
     wait_until(lambda: _answers(url), 15, "the node server answers")
-    yield ResumableStream(
-        "resumable-stream 2.2", url, {"web": process.family, "Valkey": lambda: [psutil.Process(valkey.pid)]}
-    )
+    yield ResumableStream(RESUMABLE, url, {"web": process.family, "Valkey": lambda: [psutil.Process(valkey.pid)]})
     process.kill()
     valkey.kill()
 
@@ -232,6 +243,6 @@ def sluicegate(directory: Path, model_url: str, postgres: PostgresServer) -> Ite
         "Valkey": lambda: [psutil.Process(valkey.pid)],
         "database": lambda: psutil.Process(postgres.pid).children(recursive=True),
     }
-    yield Sluicegate("Sluicegate", stack.url(), kinds, token=stack.user("tester"))
+    yield Sluicegate(OURS, stack.url(), kinds, token=stack.user("tester"))
     stack.stop(timeout_seconds=0)
     valkey.kill()
