@@ -229,9 +229,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="fewer of everything")
     for option, text in (("--only", "measure these alone"), ("--without", "leave these out")):
         help_text = f"{text}: {', '.join(PARTS)}"
-        parser.add_argument(option, type=_words(PARTS), action="extend", default=[], help=help_text)
+        parser.add_argument(option, type=_words(PARTS), action="extend", default=[], metavar="PARTS", help=help_text)
     names = list(SUBJECTS)
-    parser.add_argument("--subjects", type=_words(names), default=names, help=f"beside each other: {', '.join(names)}")
+    text = f"beside each other: {', '.join(names)}"
+    parser.add_argument("--subjects", type=_words(names), default=names, metavar="NAMES", help=text)
     parser.add_argument("--json", type=Path, help="write all figures there, as they come")
     return parser.parse_args(arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench import speed_report
+from bench import speed, speed_parts, speed_report
 from bench.speed_report import DIRECT, NAIVE, OURS
+from bench.subjects import Subject
 
 
 def summary(p50: float, p99: float, missing: int = 0) -> dict[str, float | int]:
@@ -139,3 +141,28 @@ def test_plots_are_the_same_bytes_each_time(found: dict[str, Any], tmp_path: Pat
         f"performance-{name}.svg" for name in ("stops", "cpu", "unpaced", "memory")
     ]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_what_fails_hinders_no_other_and_all_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    seen_before: list[Any] = []
+
+    async def measured(subject: Subject) -> int:
+        seen_before.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+        if subject.name == NAIVE:
+            raise TimeoutError
+        return 7
+
+    subjects = [Subject(name, "") for name in (DIRECT, NAIVE, OURS)]
+    run = speed.Run("", subjects, speed.SHORT, speed.Record(path))
+    asyncio.run(run.each("unpaced", "20", measured))
+
+    assert [saved and saved["parts"] for saved in seen_before] == [None, *[{"unpaced": {"20": {DIRECT: 7}}}] * 2]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["parts"] == {"unpaced": {"20": {DIRECT: 7, OURS: 7}}}
+    assert [(one["part"], one["case"], one["subject"]) for one in found["failed"]] == [("unpaced", "20", NAIVE)]
+
+
+def test_a_p99_of_a_hundred_is_not_the_slowest() -> None:
+    seconds: list[float | None] = [number / 1000 for number in range(1, 101)]
+    assert speed_parts.summary([*seconds, None]) == {"p50": 50.5, "p99": pytest.approx(99), "n": 100, "missing": 1}
