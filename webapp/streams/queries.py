@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from uuid import UUID
 
 import orjson
 import structlog
 from redis.exceptions import RedisError
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session, aliased
 
+from webapp.conversations import visible
 from webapp.database import Database
 from webapp.errors import NotFound, Unavailable
-from webapp.models import Conversation, Member, Message, StreamSession, User
+from webapp.models import Member, Message, StreamSession, User
 from webapp.streams import rows
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import LogState, TokenLog
 from webapp.views import ReceiptView, SessionView
 
 log = structlog.get_logger(__name__)
+
+_Narrowing = Callable[[type[StreamSession]], Sequence[ColumnElement[bool]]]
 
 
 class SessionQueries:
@@ -80,7 +84,8 @@ class SessionQueries:
         limit: int = 100,
     ) -> list[SessionView]:
         """Sessions, newest first: of the conversations that `user_id` is a member of; begun by `user_name`."""
-        query = select(StreamSession).limit(limit)
+        narrowed = partial(_narrowed, user_name=user_name, model=model)
+        query = select(StreamSession).where(*narrowed(StreamSession)).limit(limit)
         if active_only:
             # By a column without an index of its own, so that no database looks for the few among all.
             query = query.where(StreamSession.status == StreamStatus.ACTIVE)
@@ -88,17 +93,7 @@ class SessionQueries:
         else:
             query = query.order_by(StreamSession.id.desc())
         if user_id is not None:
-            mine = select(Member.conversation_id).where(Member.user_id == user_id)
-            gone = select(Conversation.id).where(
-                Conversation.id == StreamSession.conversation_id, Conversation.deleted_at.is_not(None)
-            )
-            query = query.where(StreamSession.conversation_id.in_(mine), ~gone.exists())
-        if user_name is not None:
-            query = query.where(
-                StreamSession.user_id == select(User.id).where(User.name == user_name).scalar_subquery()
-            )
-        if model is not None:
-            query = query.where(StreamSession.model == model)
+            query = query.where(_in_active_of(user_id) if active_only else _in_recent_of(user_id, limit, narrowed))
         return self._view_all(self._database.read(lambda s: list(s.scalars(query))))
 
     def queue_position(self, session_id: UUID) -> int:
@@ -143,6 +138,33 @@ class SessionQueries:
                     log.warning("views.without_redis", error=repr(error))
                 self._redis_answers = False
         return [session_view(row, states.get(row.id), viewers.get(row.id, 0)) for row in found]
+
+
+def _in_active_of(user_id: UUID) -> ColumnElement[bool]:
+    """That the user sees the session: asked of each that is ACTIVE, of which there are few however long it has been."""
+    at = StreamSession.conversation_id
+    role = select(Member.role).where(Member.user_id == user_id, Member.conversation_id == at)
+    return role.correlate(StreamSession).scalar_subquery().is_not(None) & visible(at)
+
+
+def _in_recent_of(user_id: UUID, limit: int, narrowed: _Narrowing) -> ColumnElement[bool]:
+    """That the session is in one of the user's conversations with the newest of those that are asked for, `limit` of
+    them; the newest `limit` sessions are in those.
+
+    One look at each conversation of the user, instead of at all sessions in these, or at all there are.
+    """
+    of_it = aliased(StreamSession)
+    there = (of_it.conversation_id == Member.conversation_id, *narrowed(of_it))
+    newest = select(of_it.id).where(*there).order_by(of_it.id.desc()).limit(1).correlate(Member).scalar_subquery()
+    mine = select(Member.conversation_id).where(Member.user_id == user_id, visible(Member.conversation_id))
+    return StreamSession.conversation_id.in_(mine.order_by(newest.desc().nulls_last()).limit(limit))
+
+
+def _narrowed(session: type[StreamSession], user_name: str | None, model: str | None) -> Sequence[ColumnElement[bool]]:
+    """Those that a user has begun, and those of a model, where these are named."""
+    of_user = session.user_id == select(User.id).where(User.name == user_name).scalar_subquery()
+    of_model = session.model == model
+    return [one for one, named in ((of_user, user_name), (of_model, model)) if named is not None]
 
 
 def session_view(row: StreamSession, state: LogState | None = None, viewers: int = 0) -> SessionView:
