@@ -5,7 +5,7 @@ The past is written by the database itself, a million rows in one statement; wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -41,19 +41,19 @@ SOON: Final = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """How a dialect says what the two say differently."""
 
     id: str  # the UUID of a number
     moment: str  # a moment, so many seconds after :since
 
 
-_WORDS: Final[Mapping[str, _Words]] = {
-    "postgresql": _Words(
+_WORDS: Final[Mapping[str, Words]] = {
+    "postgresql": Words(
         id="CAST(lpad(to_hex({n}), 32, '0') AS uuid)",
         moment="CAST(:since AS timestamptz) + ({seconds}) * interval '1 second'",
     ),
-    "sqlite": _Words(
+    "sqlite": Words(
         id="printf('%032x', {n})",
         moment="strftime('%Y-%m-%d %H:%M:%f', :since, '+' || ({seconds}) || ' seconds') || '000'",
     ),
@@ -66,14 +66,18 @@ _SERIES: Final = (
 _EMPTY: Final = "'" + "e3b0c44298fc1c149afbf4c8996fb924" * 2 + "'"
 
 
-def fill(database_url: str, ended: int) -> None:
+Past = Callable[[Words, int], Iterator[tuple[str, int, dict[str, str]]]]
+"""For so many ended sessions: table, number of rows, and the expression of each column, `n` being the row's number."""
+
+
+def fill(database_url: str, ended: int, past: Past | None = None) -> None:
     """Make the tables, and a past of `ended` sessions with their messages, conversations, members and users."""
     engine = create_engine(database_url)
     db.metadata.create_all(engine)
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL session_replication_role = replica"))  # nothing points nowhere here
-        for table, count, columns in _past(_WORDS[engine.dialect.name], ended):
+        for table, count, columns in (past or _past)(_WORDS[engine.dialect.name], ended):
             _insert(connection, table, count, columns, ended)
     analyse(engine)
     engine.dispose()
@@ -95,12 +99,12 @@ def _insert(connection: Connection, table: str, count: int, columns: Mapping[str
     connection.execute(statement, {name: values[name] for name in values if f":{name}" in series})
 
 
-def _past(words: _Words, ended: int) -> Iterator[tuple[str, int, dict[str, str]]]:
-    """Table, number of rows, and the expression of each column, `n` being the row's number."""
+def _past(words: Words, ended: int) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """What the reaper passes over: a session, and its answer, in each row of two tables."""
     conversations = max(1, ended // SESSIONS_PER_CONVERSATION)
     conversation = words.id.format(n=f"(n - 1) / {SESSIONS_PER_CONVERSATION} % {conversations} + 1")
     user = words.id.format(n=f"(n - 1) / {SESSIONS_PER_CONVERSATION} % {conversations} % {USERS} + 1")
-    own, first = words.id.format(n="n"), words.id.format(n="1")
+    own = words.id.format(n="n")
     began = words.moment.format(seconds="n * :step")
     recent = words.moment.format(seconds=str(int(PAST.total_seconds())))
     yield "users", USERS, {"id": own, "name": "'user' || n", "token_hash": "'hash' || n", "created_at": recent}
@@ -126,22 +130,26 @@ def _past(words: _Words, ended: int) -> Iterator[tuple[str, int, dict[str, str]]
             "created_at": began,
         },
     )
-    yield "stream_sessions", ended, _ended_session(own, conversation, user, began)
-    yield (
-        "idempotency_keys",
-        SMALL_ROWS,
-        {"user_id": first, "key": "'key' || n", "body_sha256": _EMPTY, "session_id": own, "created_at": recent},
-    )
-    later = words.moment.format(seconds=str(int(2 * PAST.total_seconds())))
-    yield "sign_in_tokens", SMALL_ROWS, {"token_hash": "'hash' || n", "user_id": first, "expires_at": later}
+    yield "stream_sessions", ended, ended_session(own, own, conversation, user, began)
+    yield from small_tables(words, USERS)
 
 
-def _ended_session(own: str, conversation: str, user: str, moment: str) -> dict[str, str]:
+def small_tables(words: Words, users: int) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """A day's idempotency keys and sign-in tokens, as many beside any past."""
+    user, session = words.id.format(n=f"n % {users} + 1"), words.id.format(n="n")
+    recent, later = (words.moment.format(seconds=str(int(past.total_seconds()))) for past in (PAST, 2 * PAST))
+    key = {"key": "'key' || n", "body_sha256": _EMPTY, "session_id": session, "created_at": recent}
+    yield "idempotency_keys", SMALL_ROWS, {"user_id": user, **key}
+    yield "sign_in_tokens", SMALL_ROWS, {"token_hash": "'hash' || n", "user_id": user, "expires_at": later}
+
+
+def ended_session(own: str, answer: str, conversation: str, user: str, moment: str) -> dict[str, str]:
+    """The expressions of an ended session's columns, by those of its id, its answer's, and where and when it was."""
     moments = ("started_at", "claimed_at", "heartbeat_at", "due_at", "requeue_at", "fenced_at", "ended_at")
     return {
         "id": own,
         "conversation_id": conversation,
-        "message_id": own,
+        "message_id": answer,
         "user_id": user,
         "model": "'a-model'",
         "on_disconnect": "'continue'",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -35,13 +37,23 @@ class Walk:
 
 @dataclass
 class PlanWatch:
-    """Notes the plan of every SELECT, UPDATE and DELETE of an engine, for the time of a `with` block."""
+    """Notes the plan of every statement of an engine that looks for something, for the time of a `with` block."""
 
     engine: Engine
     statements: int = 0
+    """SELECT, UPDATE and DELETE."""
+    inserts: int = 0
     walks: set[Walk] = field(default_factory=set)
     plans: dict[str, list[str]] = field(default_factory=dict)
     """The nodes of the plans of each statement, every different one once."""
+    steps: int = 0
+    """Hundreds of instructions of SQLite's machine, which depend on nothing but the rows; 0: another database."""
+    _counted: list[sqlite3.Connection] = field(default_factory=list)
+
+    @property
+    def executed(self) -> int:
+        """All statements but those that begin and end transactions."""
+        return self.statements + self.inserts
 
     def __enter__(self) -> Self:
         event.listen(self.engine, "before_cursor_execute", self._explain)
@@ -49,13 +61,29 @@ class PlanWatch:
 
     def __exit__(self, *_: object) -> None:
         event.remove(self.engine, "before_cursor_execute", self._explain)
+        for connection in self._counted:
+            with suppress(sqlite3.ProgrammingError):  # it was closed meanwhile
+                connection.set_progress_handler(None, 0)
+
+    def _count_steps(self, connection: Any) -> None:
+        """Of a connection, from the first statement on that it executes here."""
+        if isinstance(connection, sqlite3.Connection) and connection not in self._counted:
+            self._counted.append(connection)
+            connection.set_progress_handler(self._step, 100)
+
+    def _step(self) -> None:
+        self.steps += 1
 
     def _explain(
         self, connection: Connection, _: Any, statement: str, parameters: Any, __: Any, executemany: bool
     ) -> None:
-        if not re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", statement):
+        self._count_steps(connection.connection.driver_connection)
+        inserts = bool(re.match(r"\s*INSERT\b", statement))
+        self.inserts += inserts
+        selects = bool(re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", statement))
+        self.statements += selects
+        if not selects and not (inserts and re.search(r"\bSELECT\b", statement)):
             return
-        self.statements += 1
         explain = _postgresql if connection.dialect.name == "postgresql" else _sqlite
         cursor = connection.connection.cursor()
         try:
@@ -91,10 +119,14 @@ def _postgresql(cursor: Any, statement: str, parameters: Any) -> Iterator[tuple[
         condition = re.sub(r"'[^']*'", "?", node.get("Index Cond") or node.get("Filter") or "")
         line = " ".join(filter(None, [kind, table, index, condition]))
         whole = "Index Cond" not in node or re.match(r"\(id [<>] ", condition)
-        yield line, bool(whole) and "Scan" in kind and table in GROWING and index not in PARTIAL_INDEXES
+        reads = "Scan" in kind and kind != "Bitmap Heap Scan"  # which reads what the index scans below it have found
+        yield line, bool(whole) and reads and table in GROWING and index not in PARTIAL_INDEXES
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A plan and all below it. What a bitmap is made of does not say itself of which table it is."""
     yield plan
     for below in plan.get("Plans", ()):
+        if below["Node Type"].startswith("Bitmap") and "Relation Name" in plan:
+            below.setdefault("Relation Name", plan["Relation Name"])
         yield from _nodes(below)

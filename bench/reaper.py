@@ -89,7 +89,7 @@ def measure(database_url: str, valkey: ValkeyServer, ended: int, *, passes: int 
 
 def _pass(world: World) -> float:
     """Seconds of a pass that has work to do."""
-    _put_off(world)
+    put_off(world)
     expected = world.database.write(add_due)
     began = time.perf_counter()
     found = dict(world.reaper.reap())
@@ -100,14 +100,14 @@ def _pass(world: World) -> float:
 
 def _timed(world: World) -> float:
     """Seconds of a pass that has none."""
-    _put_off(world)
+    put_off(world)
     began = time.perf_counter()
     found = world.reaper.reap()
     assert not found, f"the pass found {found} where nothing was due"
     return time.perf_counter() - began
 
 
-def _put_off(world: World) -> None:
+def put_off(world: World) -> None:
     """No worker is here to claim what a pass has queued again, and it must not be due in the next."""
     waiting = (StreamSession.status == StreamStatus.ACTIVE) & StreamSession.owner.is_(None)
     world.database.write(lambda s: s.execute(update(StreamSession).where(waiting).values(requeue_at=now() + SOON)))
