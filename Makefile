@@ -98,6 +98,10 @@ bench-stability: install ## Measure what streams leave behind, and what each tak
 bench-reaper: install ## Measure a pass of the reaper beside a million ended sessions
 	$(BIN)/python -m bench.reaper $(ARGS)
 
+.PHONY: bench-scale
+bench-scale: install ## Measure each call beside 100,000 conversations and a million sessions, and beside few
+	$(BIN)/python -m bench.scale $(ARGS)
+
 .PHONY: bench-lost-worker
 bench-lost-worker: install ## Measure how soon the streams of a killed worker go on, at the default lease
 	$(BIN)/python -m bench.lost_worker $(ARGS)
