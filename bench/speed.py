@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,7 +48,7 @@ class Size:
     naive_silent_stops: int = 3
     """Each takes as long as the silence."""
     seconds: float = 5.0
-    idle_seconds: float = 15.0
+    idle_seconds: float = 10.0
     starts: int = 3
     many: Sequence[int] = (10, 100, 1000)
     """Streams, and readers of one."""
@@ -67,13 +68,14 @@ class Record:
 
     def __post_init__(self) -> None:
         machine = {"cores": psutil.cpu_count(), "python": sys.version.split()[0]}
-        self.found = {"machine": machine, "failed": [], "parts": {}}
+        self.found = {"machine": machine, "seconds": 0.0, "failed": [], "parts": {}}
+        self._began = time.monotonic()
 
     def keep(self, part: str, case: str, name: str, figures: Any) -> None:
         """Of a part, in one case, of a subject."""
         self.found["parts"].setdefault(part, {}).setdefault(case, {})[name] = figures
-        print(f"{part}, {case} | {name} | {_rounded(figures)}", file=sys.stderr)
         self._save()
+        print(f"{self.found['seconds']:4.0f} s | {part}, {case} | {name} | {_rounded(figures)}", file=sys.stderr)
 
     def fail(self, part: str, case: str, name: str, error: Exception) -> None:
         """It could not be measured; the rest is."""
@@ -82,6 +84,7 @@ class Record:
         self._save()
 
     def _save(self) -> None:
+        self.found["seconds"] = round(time.monotonic() - self._began, 1)
         if self.path:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 

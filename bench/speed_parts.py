@@ -22,13 +22,13 @@ PACE: Final = 50
 SLOW_PACE: Final = 5
 """Of parts with up to a thousand streams or readers: tokens a second."""
 LONG: Final = 1_000_000
-SPOKEN_TOKENS: Final = 10
+SPOKEN_TOKENS: Final = 5
 """That a stream has said before it is stopped, or falls silent."""
 SETTLED_SECONDS: Final = 0.05
 """Between the last of them and the stop."""
 TOLD_SECONDS: Final = 1.0
 """Between a change of what runs and the moment at which counting begins."""
-IDLE_SILENCE_SECONDS: Final = 45.0
+IDLE_SILENCE_SECONDS: Final = 30.0
 """A naive proxy notices only behind it that its readers have gone."""
 SPEAKING: Final = f"pace={PACE},tokens={LONG}"
 
