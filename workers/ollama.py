@@ -31,6 +31,7 @@ from urllib3.exceptions import HTTPError, NameResolutionError
 from webapp.errors import SluicegateError
 from webapp.streams.lifecycle import TerminationReason
 from webapp.upstream import UpstreamSession
+from workers.chunked import Dechunker, InvalidChunk
 
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 _STATS: Final = (
@@ -42,9 +43,11 @@ _STATS: Final = (
     "eval_duration",
     "done_reason",
 )
-_READ_BYTES: Final = 4096
+_READ_BYTES: Final = 16384
 _READ_SECONDS: Final = 10e-6
 """What one read takes, about; it cannot be told from its waiting."""
+_PIECE_SECONDS: Final = 0.002
+"""What is done with one piece takes at most so long: what is over that was a busy machine's pause."""
 _TURN_SECONDS: Final = 0.002
 _REST: Final = 4
 """How often as long as it has worked a stream rests that always has more: so it has at most a fifth of the process."""
@@ -179,13 +182,26 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
     worked for a while rests, so that the others, and a stop of this very stream among them, get through.
     """
     worked_seconds = 0.0
-    while chunk := response.raw.read1(_READ_BYTES, decode_content=True):
-        began_at = time.thread_time()  # not by the clock: a busy machine's pauses are no work
-        yield chunk
-        worked_seconds += time.thread_time() - began_at + _READ_SECONDS
+    for piece in _pieces(response.raw):
+        began_at = time.perf_counter()
+        yield piece
+        worked_seconds += min(time.perf_counter() - began_at, _PIECE_SECONDS) + _READ_SECONDS
         if worked_seconds > _TURN_SECONDS:
             time.sleep(worked_seconds * _REST)  # under gevent the others run meanwhile
             worked_seconds = 0.0
+
+
+def _pieces(raw: Any) -> Iterator[bytes]:
+    """What each read finds there: all the chunks that have come, or a part of a body that is not chunked."""
+    if raw.chunked and not raw.headers.get("Content-Encoding"):
+        dechunker, body = Dechunker(), raw._fp.fp
+        while not dechunker.ended:
+            if not (arrived := body.read1(_READ_BYTES)):
+                raise InvalidChunk("the body ends before its last chunk")
+            yield from dechunker.feed(arrived)
+    else:
+        while piece := raw.read1(_READ_BYTES, decode_content=True):
+            yield piece
 
 
 class _Answer:

@@ -32,11 +32,11 @@ BLOCK_MS: Final = 1000
 """Shorter than the client's socket time-out, or an idle read would be taken for a broken one."""
 READ_ENTRIES: Final = 1000
 RETRY_SECONDS: Final = 0.25
-REST_SECONDS_PER_LOG: Final = 20e-6
+REST_SECONDS_PER_LOG: Final = 40e-6
 """What a read costs for each log that is followed, whether anything is in it or not: so long the hub then rests, and
 finds more in the next. One that follows few does not wait."""
 REST_LIMIT_SECONDS: Final = 0.01
-REST_LEAST_SECONDS: Final = 0.001
+REST_LEAST_SECONDS: Final = 0.0005
 """Below which waiting costs more than it saves."""
 LOST_CHECK_SECONDS: Final = 1.0
 """Between two questions to the database while Redis cannot be read: only it tells readers of endings then."""
