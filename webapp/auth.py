@@ -126,9 +126,14 @@ def require(conversation_id: UUID, action: Action) -> ConversationView:
     conversations: Conversations = current_app.extensions["sluicegate"].conversations
     conversation = conversations.get(require_user().id, conversation_id)
     bind(conversation_id=conversation_id)
-    if action not in PERMISSIONS[Role(conversation.role)]:
-        raise Forbidden(f"As {conversation.role} of this conversation you may not {action.value} in it")
+    permit(Role(conversation.role), action)
     return conversation
+
+
+def permit(role: Role, action: Action) -> None:
+    """Raises `Forbidden` where a member of this role may not do this in a conversation."""
+    if action not in PERMISSIONS[role]:
+        raise Forbidden(f"As {role.value} of this conversation you may not {action.value} in it")
 
 
 def _by_token() -> UserView | None:

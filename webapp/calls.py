@@ -22,7 +22,7 @@ from webapp.conversations import Conversations
 from webapp.errors import ConversationBusy, Invalid, NotFound, TooLarge, TooManyStreams
 from webapp.limits import Limits
 from webapp.logs import bind
-from webapp.models import OnDisconnect, Role
+from webapp.models import OnDisconnect, Role, StreamSession
 from webapp.streams.lifecycle import TerminationReason
 from webapp.streams.manager import StreamSessionManager
 from webapp.streams.ports import NewMessage, RequestKey, Rerun
@@ -155,16 +155,17 @@ class Calls:
         Raises:
             NotFound: it is unknown, or in a conversation that the user cannot see: the same to both.
         """
-        session = self._queries.view(session_id)
-        self._require(session_id, session.conversation_id, action)
-        return session
+        return self._queries.view_of(self._row(session_id, action))
 
-    def _require(self, session_id: UUID, conversation_id: UUID, action: Action) -> None:
-        try:
-            auth.require(conversation_id, action)
-        except NotFound:
-            raise NotFound(f"There is no stream {session_id} that you can see") from None
+    def _row(self, session_id: UUID, action: Action) -> StreamSession:
+        """The row of a session in whose conversation the user may do this: one question for both."""
+        row, role = self._queries.row_as_seen(session_id, auth.require_user().id)
         bind(session_id=session_id)
+        if role is None:
+            raise NotFound(f"There is no stream {session_id} that you can see")
+        bind(conversation_id=row.conversation_id)
+        auth.permit(Role(role), action)
+        return row
 
     def streams(self, *, active_only: bool, limit: int = 100) -> list[SessionView]:
         """The sessions of the user's conversations, newest first."""
@@ -240,8 +241,7 @@ class Calls:
     def terminate(self, session_id: UUID, conversation_id: UUID | None = None) -> ReceiptView:
         """Terminate a session; the receipt is the same to every caller, however many, however often."""
         by = auth.require_user().name
-        row = self._queries.row(session_id)
-        self._require(session_id, row.conversation_id, Action.TERMINATE)
+        row = self._row(session_id, Action.TERMINATE)
         if conversation_id is not None and conversation_id != row.conversation_id:
             raise NotFound(f"There is no stream {session_id} in conversation {conversation_id} that you can see")
         return self._manager.terminate(session_id, TerminationReason.USER, by, row)

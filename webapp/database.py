@@ -52,10 +52,11 @@ class Database:
         self._busy_seconds = settings.database_busy_seconds
         self._sessions = sessionmaker(engine, expire_on_commit=False)
         self._writing: dict[str, Any] = {"sluicegate_write": True}
+        self._writing_one: dict[str, Any] = {"sluicegate_write": True}
         self._reading: dict[str, Any] = {"sluicegate_write": False}
         if engine.dialect.name == "postgresql":
-            # Its transactions see what others commit meanwhile anyway: reading in one only costs two more round trips.
-            self._reading["isolation_level"] = "AUTOCOMMIT"
+            # Its transactions see what others commit meanwhile anyway: BEGIN and COMMIT only cost two round trips.
+            self._reading["isolation_level"] = self._writing_one["isolation_level"] = "AUTOCOMMIT"
         self._said_at = -LOG_PAUSE_SECONDS
 
     def read(self, work: Callable[[Session], T]) -> T:
@@ -64,7 +65,7 @@ class Database:
         Raises:
             Unavailable: the database cannot be reached, did not answer in time, or stayed busy.
         """
-        return self._run(work, write=False, busy_seconds=self._busy_seconds)
+        return self._run(work, self._reading, busy_seconds=self._busy_seconds)
 
     def write(self, work: Callable[[Session], T], *, busy_seconds: float | None = None) -> T:
         """Run work in one transaction and commit it; a busy database is tried again for `busy_seconds`, by default
@@ -74,13 +75,22 @@ class Database:
             Unavailable: as for `read`; nothing was written, or (where the connection broke, or no
                 answer came, during the commit) it is not known whether it was.
         """
-        return self._run(work, write=True, busy_seconds=self._busy_seconds if busy_seconds is None else busy_seconds)
+        busy_seconds = self._busy_seconds if busy_seconds is None else busy_seconds
+        return self._run(work, self._writing, busy_seconds=busy_seconds)
+
+    def write_one(self, work: Callable[[Session], T]) -> T:
+        """Run work that writes by one statement, and may read before and after it; that statement is a transaction.
+
+        Raises:
+            Unavailable: as for `write`; after any error it is not known whether it was written.
+        """
+        return self._run(work, self._writing_one, busy_seconds=self._busy_seconds)
 
     def _run(
         self,
         work: Callable[[Session], T],
+        options: dict[str, Any],
         *,
-        write: bool,
         busy_seconds: float,
         timeout_seconds: float | None = None,
     ) -> T:
@@ -90,7 +100,7 @@ class Database:
             worked = False
             try:
                 with within(timeout_seconds or self._timeout_seconds), self._sessions.begin() as session:
-                    session.connection(execution_options=self._writing if write else self._reading)
+                    session.connection(execution_options=options)
                     result = work(session)
                     worked = True
                 return result
@@ -99,7 +109,8 @@ class Database:
                     raise
                 if not is_busy(error) or time.monotonic() > busy_until:
                     self._say(error)
-                    raise _unavailable(in_doubt=write and worked and not is_busy(error)) from error
+                    in_doubt = options is self._writing_one or (options is self._writing and worked)
+                    raise _unavailable(in_doubt=in_doubt and not is_busy(error)) from error
             time.sleep(pause_seconds * random.uniform(0.5, 1.5))  # noqa: S311 - spreads the tries, no secret
             pause_seconds = min(pause_seconds * 2, 0.05)
 
@@ -111,7 +122,7 @@ class Database:
 
     def ping(self) -> None:
         """Raises `Unavailable` where the database does not answer within `PING_SECONDS`, or nothing can be written."""
-        self._run(_require_writable, write=True, busy_seconds=PING_SECONDS, timeout_seconds=PING_SECONDS)
+        self._run(_require_writable, self._writing, busy_seconds=PING_SECONDS, timeout_seconds=PING_SECONDS)
 
 
 class _Pool(QueuePool):

@@ -390,6 +390,10 @@ class SteppedDatabase(Database):
         run = super().write
         return self._step("write", work, lambda: run(work, **more))
 
+    def write_one(self, work: Callable[[Session], T]) -> T:
+        run = super().write_one
+        return self._step("write", work, lambda: run(work))
+
     def _step(self, way: str, work: Callable[[Session], T], action: Callable[[], T]) -> T:
         names = [name for name in work.__qualname__.split(".") if name not in ("<lambda>", "<locals>", "work")]
         return self._process.stage.call(self._process, "database", f"{way} {names[-1].strip('_')}", action)

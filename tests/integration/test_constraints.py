@@ -29,7 +29,6 @@ from webapp.models import (
     new_id,
     now,
 )
-from webapp.streams import rows
 from webapp.streams.lifecycle import StreamStatus, TerminationReason
 
 
@@ -302,9 +301,7 @@ class TestSQLite:
         session_id = sqlite.start().session_id
 
         def count(s: Session) -> None:
-            row = rows.get(s, session_id)
-            assert row is not None
-            row.attempt += 1
+            s.get_one(StreamSession, session_id).attempt += 1
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda _: sqlite.database.write(count), range(40)))

@@ -669,7 +669,7 @@ def commit_without_done(world: World, worker: Worker) -> None:
     """What somebody leaves who dies between COMMIT and FINISH."""
     worker.fence(STOP)
     ending = rows.Ending(STOP, worker.text, worker.thinking_length, "0" * 64, now(), now())
-    assert world.database.write(lambda s: rows.commit(s, world.row(worker.session_id), ending))
+    assert world.database.write(lambda s: rows.commit(s, worker.session_id, worker.epoch, ending))
 
 
 @sqlite_alone
@@ -940,7 +940,7 @@ class TestAValkeyThatFails:
         wait_until(lambda: not own_world.services.hub.healthy)
         ending = rows.Ending(STOP, text + "more", 0, "0" * 64, now(), now())
         row = own_world.row(worker.session_id)
-        assert own_world.database.write(lambda s: rows.commit(s, row, ending))
+        assert own_world.database.write(lambda s: rows.commit(s, row.id, row.epoch, ending))
         assert reader.finish(15).content == text + "more"
 
     def test_one_that_says_nothing_is_asked_by_the_hub_alone(

@@ -463,7 +463,7 @@ class TestFinish:
         world.manager.give_up(worker.session_id, 1)
         world.run(worker.session_id, owner="worker@two")
         ending = rows.Ending(STOP, "text", 0, "0" * 64, now(), now())
-        assert not world.database.write(lambda s: rows.commit(s, row, ending))
+        assert not world.database.write(lambda s: rows.commit(s, row.id, row.epoch, ending))
         assert world.row(worker.session_id).status == StreamStatus.ACTIVE
         assert world.message(worker.session_id).content == ""
 

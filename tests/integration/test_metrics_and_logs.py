@@ -11,6 +11,7 @@ import pytest
 from apiflask import APIFlask
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from structlog.contextvars import clear_contextvars, merge_contextvars
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
@@ -21,7 +22,7 @@ from tests.integration.world import World
 from tests.services import wait_until
 from webapp.database import Database
 from webapp.errors import Unavailable
-from webapp.models import Role, now
+from webapp.models import Role, StreamSession, now
 from webapp.streams.endings import report, stop_timings
 from webapp.streams.lifecycle import StreamPhase, TerminationReason
 from webapp.streams.recovery import reap_alone
@@ -161,9 +162,16 @@ class TestEndings:
         session_id = world.start().session_id
         at = now()
         world.manager.terminate(session_id, TerminationReason.ADMIN)
-        row = world.row(session_id)
-        row.stop_requested_at, row.fenced_at = at, at + timedelta(milliseconds=4)
-        row.upstream_closed_at, row.ended_at = None, at + timedelta(milliseconds=9)
+        moments = {
+            "stop_requested_at": at,
+            "fenced_at": at + timedelta(milliseconds=4),
+            "upstream_closed_at": None,
+            "ended_at": at + timedelta(milliseconds=9),
+        }
+        with Session(world.database.engine) as s:
+            row = s.get_one(StreamSession, session_id)
+        for name, moment in moments.items():
+            setattr(row, name, moment)
         timings = stop_timings(row)
         assert (timings.request_to_fence_seconds, timings.request_to_commit_seconds) == (0.004, 0.009)
         assert timings.fence_to_upstream_closed_seconds is None

@@ -452,7 +452,7 @@ class TestAnEndingWithoutDone:
         outcome = Outcome(fence, worker.text, 0, world.queries.view(worker.session_id).phase, now())
         row = world.row(worker.session_id)
         ending = rows.Ending(STOP, outcome.text, 0, "0" * 64, now(), now() - LONG_AGO)
-        assert world.database.write(lambda s: rows.commit(s, row, ending))
+        assert world.database.write(lambda s: rows.commit(s, row.id, row.epoch, ending))
         assert world.dones(worker.session_id) == []
         return worker.session_id
 

@@ -42,7 +42,7 @@ class Admission:
         conversation_id = new.conversation_id or _insert_conversation(s, new)
         question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
         answer = _answer(conversation_id, new.model)
-        s.add_all([question, answer])
+        rows.put(s, question)
         return self._begin(
             s,
             StreamSession(
@@ -123,7 +123,7 @@ class Admission:
     def _begin(
         self, s: Session, row: StreamSession, answer: Message, timeouts: Timeouts, key: RequestKey | None
     ) -> StreamSession:
-        """The parts that every session has; flushes, so that what the database refuses is raised here."""
+        """The parts that every session has; what the database refuses is raised here."""
         moment = now()
         row.id = new_id()
         row.started_at = moment
@@ -134,11 +134,13 @@ class Admission:
         if row.on_disconnect == OnDisconnect.TERMINATE:
             row.abandon_at = moment + timedelta(seconds=self._settings.abandon_grace_seconds)
         answer.session_id = row.id
-        s.flush()
-        s.add(row)
+        if answer in s:
+            s.flush()  # it was there before
+        else:
+            rows.put(s, answer)
+        rows.put(s, row)
         if key:
             rows.remember_request(s, key, row.id, moment)
-        s.flush()
         return row
 
     def _require_room(self, s: Session, user_id: UUID) -> None:
@@ -169,9 +171,7 @@ def _require_visible(s: Session, conversation_id: UUID) -> None:
 def _insert_conversation(s: Session, new: NewMessage) -> UUID:
     title = " ".join(new.content.split())[:60]
     conversation = Conversation(id=new_id(), title=title)
-    s.add(conversation)
-    s.flush()
-    s.add(Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
+    rows.put(s, conversation, Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
     return conversation.id
 
 

@@ -235,10 +235,13 @@ class StreamHub:
     def wait_done(self, session_id: UUID, timeout_seconds: float) -> bool:
         """Block until a session's `done` is in its log; False where it does not come in time."""
         deadline = time.monotonic() + timeout_seconds
-        subscription, _ = self.attach(session_id, self._log.last_position(session_id) or START)
+        last = self._log.last_position(session_id) or START
+        if last.seq == DONE_SEQ:
+            return True
+        subscription, begins = self.attach(session_id, last)
         try:
-            last = self._log.last_position(session_id)
-            if last is not None and last.seq == DONE_SEQ:
+            # Where others have followed it beyond that already, what lies between is not delivered.
+            if begins > last and (self._log.last_position(session_id) or START).seq == DONE_SEQ:
                 return True
             while (left := deadline - time.monotonic()) > 0:
                 items, signal = subscription.take(left)

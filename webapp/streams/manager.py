@@ -162,7 +162,7 @@ class StreamSessionManager:
             self._try("look again", lambda: self._look_again(session_id, now()), session_id)
 
     def _look_again(self, session_id: UUID, at: datetime) -> None:
-        self._database.write(lambda s: rows.look_again(s, session_id, at))
+        self._database.write_one(lambda s: rows.look_again(s, session_id, at))
 
     def _try(self, step: str, action: Callable[[], object], session_id: UUID) -> bool:
         """Do what may fail without harm, because the reaper or a heartbeat makes it good; say if it did."""
@@ -200,7 +200,7 @@ class StreamSessionManager:
             claimed = rows.claim(s, session_id, row.epoch, owner, moment, due)
             return row, claimed and self._assignment(s, claimed)
 
-        row, assignment = self._database.write(work)
+        row, assignment = self._database.write_one(work)
         if row is None:
             log.warning("stream.unknown", session_id=str(session_id))
         elif assignment is not None:
@@ -230,7 +230,7 @@ class StreamSessionManager:
 
     def beat(self, beats: Sequence[rows.Beat]) -> list[rows.BeatAnswer]:
         """Heartbeats and checkpoints of a worker's sessions, in one statement; see `rows.beat`."""
-        return self._database.write(lambda s: rows.beat(s, beats, now())) if beats else []
+        return self._database.write_one(lambda s: rows.beat(s, beats, now())) if beats else []
 
     def give_up(self, session_id: UUID, epoch: int, *, lost: bool = False) -> None:
         """Let go of a session that is to go on elsewhere: it waits anew, or where its worker was `lost`, no longer
@@ -263,12 +263,13 @@ class StreamSessionManager:
         Raises:
             Unavailable: the database did not answer; it is not known whether the ending was written.
         """
-        reason = TerminationReason(str(outcome.answer.reason))
         while True:
-            row, won = self._commit(session_id, epoch, lambda row: _ending(_with_checkpoint(row, outcome)), reason)
-            # Tried again where a heartbeat of this very worker has made the checkpoint longer in between.
+            row, won = self._commit(session_id, epoch, _ending(outcome))
             if won or row is None or row.epoch != epoch or row.status != StreamStatus.ACTIVE:
                 return won
+            # The row has more than that text, which only a log that Redis had lost can lack; or its worker's own
+            # heartbeat has brought it there meanwhile.
+            outcome = _with_checkpoint(row, outcome)
 
     def settle(self, session_id: UUID, reason: TerminationReason, *, detail: str | None = None) -> None:
         """End a session that no worker runs, or whose worker does not answer; returns once it has ended.
@@ -288,7 +289,7 @@ class StreamSessionManager:
                     raise Unavailable("Redis cannot be reached; the stop is recorded and will take effect") from error
                 ending = _ending_of_unclaimed(row, reason, detail)
             if ending is not None:
-                self._commit(row.id, row.epoch, lambda _, ending=ending: ending, ending.reason)  # type: ignore[misc]
+                self._commit(row.id, row.epoch, ending)
 
     def _ending_of_unowned(
         self, row: StreamSession, reason: TerminationReason, detail: str | None
@@ -318,26 +319,17 @@ class StreamSessionManager:
         if row.owner and row.heartbeat_at and now() - row.heartbeat_at < lease:
             raise Unavailable("Redis has lost the stream's log; the stop is recorded and its worker will end it")
 
-    def _commit(
-        self,
-        session_id: UUID,
-        epoch: int,
-        ending_of: Callable[[StreamSession], rows.Ending],
-        reason: TerminationReason,
-    ) -> tuple[StreamSession | None, bool]:
+    def _commit(self, session_id: UUID, epoch: int, ending: rows.Ending) -> tuple[StreamSession | None, bool]:
         """COMMIT, then FINISH. The loser of a race adopts the winner's outcome by reading the row later.
 
         Returns the row as it is now, and whether it was this call that ended it.
         """
 
         def work(s: Session) -> tuple[StreamSession | None, bool]:
-            row = rows.get(s, session_id)
-            if row is None or row.epoch != epoch or row.status != StreamStatus.ACTIVE:
-                return row, False
-            ended = rows.commit(s, row, ending_of(row))
-            return ended or row, ended is not None
+            ended = rows.commit(s, session_id, epoch, ending)
+            return ended or rows.get(s, session_id), ended is not None
 
-        with tracing.span("commit", session_id=session_id, reason=reason.value):
+        with tracing.span("commit", session_id=session_id, reason=ending.reason.value):
             row, won = self._database.write(work)
         if row is not None and won:
             self._try("publish", lambda: self._publish(row), session_id)
@@ -365,7 +357,7 @@ class StreamSessionManager:
             answer = self._log.finish(row.id, length, data, reason, lost=(row.epoch, pieces))
         if answer.verdict is Verdict.BEHIND:
             log.error("stream.log_beyond_commit", session_id=str(row.id), log_end=answer.end, committed=row.length)
-        if ended := self._database.write(lambda s: rows.published(s, row.id, now())):
+        if ended := self._database.write_one(lambda s: rows.published(s, row.id, now())):
             self._try("report", lambda: endings.report(*ended), row.id)
 
     # -- terminate -----------------------------------------------------------------------------
@@ -398,11 +390,7 @@ class StreamSessionManager:
         if row.status != StreamStatus.ACTIVE or row.stop_reason:
             return row  # no write where there is nothing to record: fifty callers cost one
 
-        def work(s: Session) -> StreamSession | None:
-            rows.record_stop(s, row.id, reason, by, now())
-            return rows.get(s, row.id)
-
-        return self._database.write(work) or row
+        return self._database.write_one(lambda s: rows.record_stop(s, row.id, reason, by, now())) or row
 
     def _stop(self, row: StreamSession) -> None:
         reason = TerminationReason(str(row.stop_reason))

@@ -10,12 +10,12 @@ import orjson
 import structlog
 from redis.exceptions import RedisError
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import aliased
 
 from webapp.conversations import visible
 from webapp.database import Database
 from webapp.errors import NotFound, Unavailable
-from webapp.models import Member, Message, StreamSession, User
+from webapp.models import Member, StreamSession, User
 from webapp.streams import rows
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason
 from webapp.streams.log import LogState, TokenLog
@@ -39,27 +39,19 @@ class SessionQueries:
     def receipt(self, session_id: UUID) -> ReceiptView:
         """The receipt of a session that has ended."""
 
-        def work(s: Session) -> ReceiptView:
-            row = rows.get(s, session_id)
-            if row is None or row.status == StreamStatus.ACTIVE:
-                raise Unavailable("The stop is recorded and will take effect")
-            message = s.get_one(Message, row.message_id, populate_existing=True)
-            return _receipt(row, message)
-
-        return self._database.read(work)
+        found = self._database.read(lambda s: rows.get_with_text(s, session_id))
+        if found is None or found[0].status == StreamStatus.ACTIVE:
+            raise Unavailable("The stop is recorded and will take effect")
+        row, _, content = found
+        return _receipt(row, content)
 
     def final_text(self, session_id: UUID) -> tuple[SessionView, str, str, bytes]:
         """Of a session that has ended: its view, thinking, content, and the data of its `done`."""
-
-        def work(s: Session) -> tuple[StreamSession, str, str]:
-            row = rows.get(s, session_id)
-            if row is None:
-                raise NotFound
-            message = s.get_one(Message, row.message_id, populate_existing=True)
-            return row, message.thinking[: row.thinking_length or 0], message.content[: row.length or 0]
-
-        row, thinking, content = self._database.read(work)
-        return session_view(row), thinking, content, done_data(row)
+        found = self._database.read(lambda s: rows.get_with_text(s, session_id))
+        if found is None:
+            raise NotFound
+        row, thinking, content = found
+        return session_view(row), thinking[: row.thinking_length or 0], content[: row.length or 0], done_data(row)
 
     def view(self, session_id: UUID) -> SessionView:
         """One session.
@@ -67,7 +59,7 @@ class SessionQueries:
         Raises:
             NotFound: there is none.
         """
-        return self._view_all([self.row(session_id)])[0]
+        return self.view_of(self.row(session_id))
 
     def active_in(self, conversation_id: UUID) -> list[SessionView]:
         """The ACTIVE sessions of a conversation: none or one."""
@@ -123,6 +115,21 @@ class SessionQueries:
         if row is None:
             raise NotFound(f"There is no stream {session_id} that you can see")
         return row
+
+    def row_as_seen(self, session_id: UUID, user_id: UUID) -> tuple[StreamSession, str | None]:
+        """The row, and the user's role in its conversation; None: the user does not see it.
+
+        Raises:
+            NotFound: there is none.
+        """
+        found = self._database.read(lambda s: rows.get_as_seen(s, session_id, user_id))
+        if found is None:
+            raise NotFound(f"There is no stream {session_id} that you can see")
+        return found
+
+    def view_of(self, row: StreamSession) -> SessionView:
+        """The view of a row that was read."""
+        return self._view_all([row])[0]
 
     def _view_all(self, found: Sequence[StreamSession]) -> list[SessionView]:
         active = [row.id for row in found if row.status == StreamStatus.ACTIVE]
@@ -211,7 +218,7 @@ def done_data(row: StreamSession) -> bytes:
     )
 
 
-def _receipt(row: StreamSession, message: Message) -> ReceiptView:
+def _receipt(row: StreamSession, content: str) -> ReceiptView:
     reason = TerminationReason(str(row.reason))
     return ReceiptView(
         session_id=row.id,
@@ -220,7 +227,7 @@ def _receipt(row: StreamSession, message: Message) -> ReceiptView:
         status=StreamStatus(row.status),
         reason=reason,
         already_ended=not reason.by_terminate_call,
-        partial_response=message.content[: row.length or 0],
+        partial_response=content[: row.length or 0],
         length=row.length or 0,
         thinking_length=row.thinking_length or 0,
         sha256=row.sha256 or "",

@@ -2,6 +2,10 @@
 
 Every function takes the session of a transaction that the caller holds. CLAIM, RECORD and COMMIT
 are the steps of that name in `docs/model/`.
+
+What every start and stop executes is put to the table, and not to the mapped class: the unit of work, and its
+way of returning what an UPDATE wrote, cost more than the statement. A row that is given out has the columns of
+`StreamSession` and cannot be changed.
 """
 
 from __future__ import annotations
@@ -16,26 +20,44 @@ from sqlalchemy import (
     BindParameter,
     ColumnElement,
     CursorResult,
+    Result,
+    Table,
     Update,
     Uuid,
     bindparam,
+    case,
     delete,
     func,
     select,
     text,
     update,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 
-from webapp.models import Conversation, IdempotencyKey, Message, MessageRole, StreamSession, User, UTCDateTime
+from webapp.models import Conversation, IdempotencyKey, Member, Message, MessageRole, StreamSession, User, UTCDateTime
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason, sources_of
 from webapp.streams.ports import RequestKey
 from webapp.streams.timing import Due
 
 REQUEST_KEY_KEPT: Final = timedelta(hours=24)
 ACTIVE = StreamStatus.ACTIVE.value
-# What a statement changes is not looked for among what was read before: whoever needs it reads it.
-_AS_READ: Final = {"synchronize_session": False}
+_SESSIONS: Final = cast(Table, StreamSession.__table__)
+_MESSAGES: Final = cast(Table, Message.__table__)
+_GET: Final = select(_SESSIONS).where(_SESSIONS.c.id == bindparam("session_id"))
+_GET_WITH_TEXT: Final = (
+    select(_SESSIONS, _MESSAGES.c.thinking, _MESSAGES.c.content)
+    .join(_MESSAGES, _MESSAGES.c.id == _SESSIONS.c.message_id)
+    .where(_SESSIONS.c.id == bindparam("session_id"))
+)
+_GET_AS_SEEN: Final = (
+    select(_SESSIONS, case((Conversation.deleted_at.is_(None), Member.role)).label("role"))
+    .join(Conversation, Conversation.id == _SESSIONS.c.conversation_id)
+    .outerjoin(Member, (Member.conversation_id == Conversation.id) & (Member.user_id == bindparam("user_id")))
+    .where(_SESSIONS.c.id == bindparam("session_id"))
+)
+_STATS: Final = (
+    select(_MESSAGES.c.stats).where(_MESSAGES.c.id == _SESSIONS.c.message_id).correlate(_SESSIONS).scalar_subquery()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +114,15 @@ def remember_request(s: Session, request: RequestKey, session_id: UUID, at: date
     """Keep a request's key with the session that it began; one too old to count gives way."""
     old = (IdempotencyKey.created_at < at - REQUEST_KEY_KEPT) & (IdempotencyKey.user_id == request.user_id)
     s.execute(delete(IdempotencyKey).where(old))
-    s.add(
+    put(
+        s,
         IdempotencyKey(
             user_id=request.user_id,
             key=request.key,
             body_sha256=request.body_sha256,
             session_id=session_id,
             created_at=at,
-        )
+        ),
     )
 
 
@@ -111,38 +134,65 @@ def remembered_request(s: Session, request: RequestKey, at: datetime) -> Idempot
 
 def get(s: Session, session_id: UUID) -> StreamSession | None:
     """The row as it is now."""
-    return s.get(StreamSession, session_id, populate_existing=True)
+    return _one(s.execute(_GET, {"session_id": session_id}))
+
+
+def get_with_text(s: Session, session_id: UUID) -> tuple[StreamSession, str, str] | None:
+    """The row, and its message's thinking and content."""
+    found = s.execute(_GET_WITH_TEXT, {"session_id": session_id}).one_or_none()
+    return None if found is None else (cast(StreamSession, found), found.thinking, found.content)
+
+
+def get_as_seen(s: Session, session_id: UUID, user_id: UUID) -> tuple[StreamSession, str | None] | None:
+    """The row, and the user's role in its conversation; None where that is deleted, or the user is no member."""
+    found = s.execute(_GET_AS_SEEN, {"session_id": session_id, "user_id": user_id}).one_or_none()
+    return None if found is None else (cast(StreamSession, found), found.role)
+
+
+def _one(found: Result[Any]) -> StreamSession | None:
+    return cast(StreamSession | None, found.one_or_none())
+
+
+def put(s: Session, *objects: DeclarativeBase) -> None:
+    """Insert what was made, in this order, with its columns' defaults, which it has then too."""
+    for one in objects:
+        table = cast(Table, one.__table__)
+        for column in table.c:
+            default: Any = column.default
+            if default is not None and column.key not in one.__dict__:
+                setattr(one, column.key, default.arg(None) if default.is_callable else default.arg)
+        values = {column.key: one.__dict__[column.key] for column in table.c if column.key in one.__dict__}
+        s.execute(table.insert(), values)
 
 
 def is_active(session_id: UUID, epoch: int | None = None) -> ColumnElement[bool]:
     """The guard of a move: the session is ACTIVE and, where an epoch is named, still at it."""
-    guard = (StreamSession.id == session_id) & (StreamSession.status == ACTIVE)
-    return guard if epoch is None else guard & (StreamSession.epoch == epoch)
+    guard = (_SESSIONS.c.id == session_id) & (_SESSIONS.c.status == ACTIVE)
+    return guard if epoch is None else guard & (_SESSIONS.c.epoch == epoch)
 
 
 def _changes(s: Session, move: Update) -> bool:
-    """Whether the move found its row in the state that it names. Rows that were read before stay as they were."""
-    return cast(CursorResult[Any], s.execute(move, execution_options=_AS_READ)).rowcount == 1
+    """Whether the move found its row in the state that it names."""
+    return cast(CursorResult[Any], s.execute(move)).rowcount == 1
 
 
 def _moved(s: Session, move: Update) -> StreamSession | None:
     """The row as the move left it, where it found it in the state that it names."""
-    found = s.scalars(move.returning(StreamSession), execution_options=_AS_READ | {"populate_existing": True})
-    return found.one_or_none()
+    return _one(s.execute(move.returning(*_SESSIONS.c)))
 
 
 def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime, due: Due) -> StreamSession | None:
     """CLAIM: from ACTIVE and unowned at `epoch` to owned at the next; the row as it is then, or None."""
     return _moved(
         s,
-        update(StreamSession)
-        .where(is_active(session_id, epoch), StreamSession.owner.is_(None))
+        _SESSIONS.update()
+        .where(is_active(session_id, epoch), _SESSIONS.c.owner.is_(None))
         .values(
             epoch=epoch + 1,
-            attempt=StreamSession.attempt + 1,
+            attempt=_SESSIONS.c.attempt + 1,
             owner=owner,
             phase=StreamPhase.LOADING.value,
-            claimed_at=func.coalesce(StreamSession.claimed_at, at),
+            claimed_at=func.coalesce(_SESSIONS.c.claimed_at, at),
             heartbeat_at=at,
             due_at=due.at,
             due_reason=due.reason.value,
@@ -158,68 +208,72 @@ def is_claimed_by(row: StreamSession, owner: str, moments: Sequence[datetime]) -
 def release(s: Session, session_id: UUID, epoch: int, due: Due | None = None) -> bool:
     """From owned at `epoch` to nobody's, so that another may claim it at the next; `due` None: its worker was lost,
     which is counted, and it is due when it was."""
-    owned = is_active(session_id, epoch) & StreamSession.owner.is_not(None)
+    owned = is_active(session_id, epoch) & _SESSIONS.c.owner.is_not(None)
     values: dict[str, Any] = {"owner": None, "requeue_at": None}
     if due is None:
-        values |= {"losses": StreamSession.losses + 1}
+        values |= {"losses": _SESSIONS.c.losses + 1}
     else:
         values |= {"due_at": due.at, "due_reason": due.reason.value}
-    return _changes(s, update(StreamSession).where(owned).values(values))
+    return _changes(s, _SESSIONS.update().where(owned).values(values))
 
 
-def record_stop(s: Session, session_id: UUID, reason: TerminationReason, by: str | None, at: datetime) -> None:
-    """RECORD who wants the session to stop, and why; the first stays."""
-    s.execute(
-        update(StreamSession)
-        .where(is_active(session_id), StreamSession.stop_reason.is_(None))
-        .values(stop_reason=reason.value, stop_by=by, stop_requested_at=at, requeue_at=at)
+def record_stop(
+    s: Session, session_id: UUID, reason: TerminationReason, by: str | None, at: datetime
+) -> StreamSession | None:
+    """RECORD who wants the session to stop, and why; the first stays. Returns the row as it is then."""
+    recorded = _moved(
+        s,
+        _SESSIONS.update()
+        .where(is_active(session_id), _SESSIONS.c.stop_reason.is_(None))
+        .values(stop_reason=reason.value, stop_by=by, stop_requested_at=at, requeue_at=at),
     )
+    return recorded or get(s, session_id)
 
 
-def commit(s: Session, row: StreamSession, ending: Ending) -> StreamSession | None:
-    """COMMIT: from ACTIVE at the epoch of `row` to its end, with the message, in one transaction.
+def commit(s: Session, session_id: UUID, epoch: int, ending: Ending) -> StreamSession | None:
+    """COMMIT: from ACTIVE at `epoch` to its end, with the message, in one transaction.
 
     Returns the row as it is then; None, having written nothing, where the session has ended or moved to another epoch,
     or has a checkpoint that is longer than that text.
     """
     status = ending.reason.status
-    ended = (
-        update(StreamSession)
+    values = {
+        "status": status.value,
+        "reason": ending.reason.value,
+        "detail": ending.detail,
+        "length": len(ending.content),
+        "thinking_length": ending.thinking_length,
+        "sha256": ending.sha256,
+        "fenced_at": ending.fenced_at,
+        "upstream_closed_at": ending.upstream_closed_at,
+        "ended_at": ending.ended_at,
+        "checkpoint": "",
+    }
+    if ending.phase is not None:
+        values["phase"] = ending.phase.value
+    moved = _moved(
+        s,
+        _SESSIONS.update()
         .where(
-            StreamSession.id == row.id,
-            StreamSession.epoch == row.epoch,
-            StreamSession.status.in_([source.value for source in sources_of(status)]),
-            StreamSession.checkpoint_length <= len(ending.text),
+            _SESSIONS.c.id == session_id,
+            _SESSIONS.c.epoch == epoch,
+            _SESSIONS.c.status.in_([source.value for source in sources_of(status)]),
+            _SESSIONS.c.checkpoint_length <= len(ending.text),
         )
-        .values(
-            status=status.value,
-            reason=ending.reason.value,
-            detail=ending.detail,
-            phase=(ending.phase or StreamPhase(row.phase)).value,
-            length=len(ending.content),
-            thinking_length=ending.thinking_length,
-            sha256=ending.sha256,
-            fenced_at=ending.fenced_at,
-            upstream_closed_at=ending.upstream_closed_at,
-            ended_at=ending.ended_at,
-            checkpoint="",
+        .values(values),
+    )
+    if moved is not None:
+        s.execute(
+            _MESSAGES.update()
+            .where(_MESSAGES.c.id == moved.message_id)
+            .values(
+                content=ending.content,
+                thinking=ending.thinking,
+                status=status.value,
+                reason=ending.reason.value,
+                stats=ending.stats,
+            )
         )
-    )
-    moved = _moved(s, ended)
-    if moved is None:
-        return None
-    s.execute(
-        update(Message)
-        .where(Message.id == row.message_id)
-        .values(
-            content=ending.content,
-            thinking=ending.thinking,
-            status=status.value,
-            reason=ending.reason.value,
-            stats=ending.stats,
-        ),
-        execution_options=_AS_READ,
-    )
     return moved
 
 
@@ -228,17 +282,13 @@ def published(s: Session, session_id: UUID, at: datetime) -> tuple[StreamSession
 
     Returns the row and the upstream's own figures to whoever was the one to note it.
     """
-    noted = _changes(
-        s,
-        update(StreamSession)
-        .where(StreamSession.id == session_id, StreamSession.status != ACTIVE, StreamSession.published_at.is_(None))
-        .values(published_at=at),
-    )
-    if not noted:
-        return None
-    where = StreamSession.id == session_id
-    row, stats = s.execute(select(StreamSession, Message.stats).join(Message).where(where)).one()
-    return row, stats or {}
+    noted = s.execute(
+        _SESSIONS.update()
+        .where(_SESSIONS.c.id == session_id, _SESSIONS.c.status != ACTIVE, _SESSIONS.c.published_at.is_(None))
+        .values(published_at=at)
+        .returning(*_SESSIONS.c, _STATS.label("stats"))
+    ).one_or_none()
+    return None if noted is None else (cast(StreamSession, noted), noted.stats or {})
 
 
 def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
@@ -346,7 +396,7 @@ def unpublished(s: Session, before: datetime, limit: int) -> list[UUID]:
 
 def look_again(s: Session, session_id: UUID, at: datetime) -> None:
     """Note when the reaper is to look at a session that nobody has claimed by then."""
-    s.execute(update(StreamSession).where(is_active(session_id)).values(requeue_at=at))
+    s.execute(_SESSIONS.update().where(is_active(session_id)).values(requeue_at=at))
 
 
 def look_at_all(s: Session, at: datetime) -> int:
@@ -399,7 +449,9 @@ def history(s: Session, row: StreamSession, limit_characters: int) -> list[dict[
         & (Message.content != "")
     )
     said: list[dict[str, str]] = []
-    for message in s.scalars(select(Message).where(where).order_by(Message.id.desc()).limit(1000)):
+    for message in s.execute(
+        select(Message.role, Message.content).where(where).order_by(Message.id.desc()).limit(1000)
+    ):
         limit_characters -= len(message.content)
         if limit_characters < 0 and said:
             break
