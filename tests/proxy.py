@@ -22,7 +22,7 @@ POLL_SECONDS: Final = 0.02
 CHUNK_BYTES: Final = 65_536
 _PARSED: Final = re.compile(rb"(_pg3_\d+)\0([^\0]+)\0")
 _PREPARED: Final = re.compile(rb"_pg3_\d+")
-_TRANSACTION_ENDS: Final = re.compile(rb"COMMIT|ROLLBACK")
+_TRANSACTION_ENDS: Final = re.compile(rb"\b(COMMIT|ROLLBACK)\b")
 
 
 class Loss:
@@ -85,7 +85,8 @@ class TcpProxy:
         """Lose the answer to the next thing said that matches, and break its connection.
 
         `pattern` is searched for in all that one client has said since its transaction began, prepared statements
-        of PostgreSQL written out: `rb"UPDATE accounts.*COMMIT"` loses the answer to the commit of such a transaction.
+        of PostgreSQL written out: `rb"UPDATE accounts.*COMMIT"` loses the answer to the commit of such a transaction,
+        `rb"UPDATE accounts"` that to a statement which is one by itself.
         """
         loss = Loss(pattern)
         self._losses.append(loss)
@@ -160,6 +161,7 @@ class TcpProxy:
                     return
                 if not answer:
                     return
+                talk.answered()
                 client.sendall(answer)
 
 
@@ -176,6 +178,11 @@ class _Talk:
         transaction = self._said + b"\n".join([*known, said])
         self._said = b"" if _TRANSACTION_ENDS.search(said) else transaction
         return transaction
+
+    def answered(self) -> None:
+        """Where no transaction was begun, each statement is one."""
+        if b"BEGIN" not in self._said:
+            self._said = b""
 
 
 def _break(connection: socket.socket) -> None:

@@ -26,12 +26,12 @@ LEASE_SECONDS: Final = 10.0
 SOON_SECONDS: Final = LEASE_SECONDS / 2
 
 START: Final = rb"INSERT INTO stream_sessions.*COMMIT"
-CLAIM: Final = rb"SET [^\0]*attempt=\(.*COMMIT"
-BEAT: Final = rb"WITH beat.*COMMIT"
-RECORD: Final = rb"SET [^\0]*stop_requested_at=.*COMMIT"
+CLAIM: Final = rb"SET [^\0]*attempt=\("
+BEAT: Final = rb"WITH beat"
+RECORD: Final = rb"SET [^\0]*stop_requested_at="
 RELEASE: Final = rb"SET [^\0]*owner=[^\0]*requeue_at=.*COMMIT"
 ENDING: Final = rb"SET [^\0]*sha256=.*COMMIT"
-PUBLISHED: Final = rb"SET published_at=.*COMMIT"
+PUBLISHED: Final = rb"SET published_at="
 
 pytestmark = pytest.mark.usefixtures("recovery")
 

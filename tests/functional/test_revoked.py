@@ -15,7 +15,7 @@ from tests.functional.nodes import Stack
 from tests.services import LocalProcess, ValkeyServer, clean_environment
 from tests.upstream import UpstreamProcess, expected_text
 
-MODEL = "load_seconds=0.04,pace=0,tokens=6,thinking=1,silence_at=3:0.04,alphabet=mixed"
+MODEL = "load_seconds=0.04,pace=0,tokens=6,thinking=1,silence_at=3:0.04+6:0.04,alphabet=mixed"
 WHOLE = expected_text(MODEL)
 
 
