@@ -15,7 +15,7 @@ What each room is:
 - `app` wires all of it; `wsgi` is the application that gunicorn serves, `gunicorn` how it does so.
 - `cli/` is the command `sluicegate`; `embedded/` is what `sluicegate up` brings along where nothing is configured.
 - `logs`, `metrics` (over `metric_files`), `tracing` and `access` tell whoever runs this what happens, never a text.
-- `migrate` sets up what its name says.
+- `migrate` sets up what its name says; `heap` tells the garbage collector what stays.
 
 The workers are in the package `workers`, which imports this one and is never imported by it.
 

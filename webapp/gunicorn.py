@@ -11,6 +11,7 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from webapp.config import load_settings
+from webapp.heap import freeze_heap
 from webapp.logs import configure_logs
 
 _WATCH_SECONDS = 0.1
@@ -59,6 +60,7 @@ def post_worker_init(worker: Any) -> None:
     """Watch for this worker's end, so that its open streams do not delay it."""
     import gevent
 
+    freeze_heap()
     gevent.spawn(_close_readers_at_end, worker)
     gevent.spawn(_reap_at_start, worker)
 

@@ -13,6 +13,7 @@ import structlog
 from celery.signals import setup_logging, task_failure, task_revoked, worker_ready, worker_shutting_down
 
 from webapp.config import load_settings
+from webapp.heap import freeze_heap
 from webapp.logs import configure_logs
 from webapp.metrics import share
 from webapp.queue import GENERATE_QUEUE, GENERATE_TASK, make_celery
@@ -74,6 +75,7 @@ def _prepare(sender: Any, **_: object) -> None:
     from workers.runtime import runtime
 
     own = runtime()  # made here and now: two tasks at once would make two
+    freeze_heap()
     own.report_alive(sender.hostname)
     atexit.register(own.wait_given_up)
 

@@ -30,7 +30,7 @@ CLAIM: Final = rb"SET [^\0]*attempt=\("
 BEAT: Final = rb"WITH beat"
 RECORD: Final = rb"SET [^\0]*stop_requested_at="
 RELEASE: Final = rb"SET [^\0]*owner=[^\0]*requeue_at=.*COMMIT"
-ENDING: Final = rb"SET [^\0]*sha256=.*COMMIT"
+ENDING: Final = rb"SET [^\0]*sha256="
 PUBLISHED: Final = rb"SET published_at="
 
 pytestmark = pytest.mark.usefixtures("recovery")

@@ -32,11 +32,11 @@ BLOCK_MS: Final = 1000
 """Shorter than the client's socket time-out, or an idle read would be taken for a broken one."""
 READ_ENTRIES: Final = 1000
 RETRY_SECONDS: Final = 0.25
-REST_SECONDS_PER_LOG: Final = 40e-6
+REST_SECONDS_PER_LOG: Final = 20e-6
 """What a read costs for each log that is followed, whether anything is in it or not: so long the hub then rests, and
 finds more in the next. One that follows few does not wait."""
 REST_LIMIT_SECONDS: Final = 0.01
-REST_LEAST_SECONDS: Final = 0.0005
+REST_LEAST_SECONDS: Final = 0.001
 """Below which waiting costs more than it saves."""
 LOST_CHECK_SECONDS: Final = 1.0
 """Between two questions to the database while Redis cannot be read: only it tells readers of endings then."""
@@ -132,6 +132,7 @@ class StreamHub:
         through `ended_among`, which of the silent sessions have ended. `report_seconds`: between two reports of
         who is watching, where nobody comes or goes."""
         self._redis = client
+        self._reader: redis.Redis | None = None
         self._log = token_log
         self._buffer_bytes = buffer_bytes
         self._check_seconds = check_seconds
@@ -334,8 +335,13 @@ class StreamHub:
             streams: dict[Any, Any] = {key: str(channel.last) for key, channel in asked.items()}
         streams[wake] = self._wake_last
         try:
-            answer: Any = self._redis.xread(streams, count=READ_ENTRIES, block=BLOCK_MS)
+            # By a connection of its own, which the pool would look at before each read.
+            self._reader = self._reader or redis.Redis(
+                connection_pool=self._redis.connection_pool, single_connection_client=True
+            )
+            answer: Any = self._reader.xread(streams, count=READ_ENTRIES, block=BLOCK_MS)
         except RedisError:
+            self._reader = None
             self._lose()
             raise
         self._find()

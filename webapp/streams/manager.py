@@ -330,7 +330,7 @@ class StreamSessionManager:
             return ended or rows.get(s, session_id), ended is not None
 
         with tracing.span("commit", session_id=session_id, reason=ending.reason.value):
-            row, won = self._database.write(work)
+            row, won = self._database.write_one(work)
         if row is not None and won:
             self._try("publish", lambda: self._publish(row), session_id)
         elif row is not None and row.status != StreamStatus.ACTIVE and row.published_at is None:

@@ -33,6 +33,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from webapp.models import Conversation, IdempotencyKey, Member, Message, MessageRole, StreamSession, User, UTCDateTime
 from webapp.streams.lifecycle import StreamPhase, StreamStatus, TerminationReason, sources_of
@@ -43,17 +44,30 @@ REQUEST_KEY_KEPT: Final = timedelta(hours=24)
 ACTIVE = StreamStatus.ACTIVE.value
 _SESSIONS: Final = cast(Table, StreamSession.__table__)
 _MESSAGES: Final = cast(Table, Message.__table__)
-_GET: Final = select(_SESSIONS).where(_SESSIONS.c.id == bindparam("session_id"))
+_IS_ACTIVE: Final = (_SESSIONS.c.id == bindparam("of_session")) & (_SESSIONS.c.status == ACTIVE)
+_ENDING_COLUMNS: Final = (
+    "status",
+    "reason",
+    "detail",
+    "length",
+    "thinking_length",
+    "sha256",
+    "fenced_at",
+    "upstream_closed_at",
+    "ended_at",
+)
+_SAID_COLUMNS: Final = ("content", "thinking", "status", "reason", "stats")
+_GET: Final = select(_SESSIONS).where(_SESSIONS.c.id == bindparam("of_session"))
 _GET_WITH_TEXT: Final = (
     select(_SESSIONS, _MESSAGES.c.thinking, _MESSAGES.c.content)
     .join(_MESSAGES, _MESSAGES.c.id == _SESSIONS.c.message_id)
-    .where(_SESSIONS.c.id == bindparam("session_id"))
+    .where(_SESSIONS.c.id == bindparam("of_session"))
 )
 _GET_AS_SEEN: Final = (
     select(_SESSIONS, case((Conversation.deleted_at.is_(None), Member.role)).label("role"))
     .join(Conversation, Conversation.id == _SESSIONS.c.conversation_id)
-    .outerjoin(Member, (Member.conversation_id == Conversation.id) & (Member.user_id == bindparam("user_id")))
-    .where(_SESSIONS.c.id == bindparam("session_id"))
+    .outerjoin(Member, (Member.conversation_id == Conversation.id) & (Member.user_id == bindparam("of_user")))
+    .where(_SESSIONS.c.id == bindparam("of_session"))
 )
 _STATS: Final = (
     select(_MESSAGES.c.stats).where(_MESSAGES.c.id == _SESSIONS.c.message_id).correlate(_SESSIONS).scalar_subquery()
@@ -134,18 +148,18 @@ def remembered_request(s: Session, request: RequestKey, at: datetime) -> Idempot
 
 def get(s: Session, session_id: UUID) -> StreamSession | None:
     """The row as it is now."""
-    return _one(s.execute(_GET, {"session_id": session_id}))
+    return _one(s.execute(_GET, {"of_session": session_id}))
 
 
 def get_with_text(s: Session, session_id: UUID) -> tuple[StreamSession, str, str] | None:
     """The row, and its message's thinking and content."""
-    found = s.execute(_GET_WITH_TEXT, {"session_id": session_id}).one_or_none()
+    found = s.execute(_GET_WITH_TEXT, {"of_session": session_id}).one_or_none()
     return None if found is None else (cast(StreamSession, found), found.thinking, found.content)
 
 
 def get_as_seen(s: Session, session_id: UUID, user_id: UUID) -> tuple[StreamSession, str | None] | None:
     """The row, and the user's role in its conversation; None where that is deleted, or the user is no member."""
-    found = s.execute(_GET_AS_SEEN, {"session_id": session_id, "user_id": user_id}).one_or_none()
+    found = s.execute(_GET_AS_SEEN, {"of_session": session_id, "of_user": user_id}).one_or_none()
     return None if found is None else (cast(StreamSession, found), found.role)
 
 
@@ -176,28 +190,31 @@ def _changes(s: Session, move: Update) -> bool:
     return cast(CursorResult[Any], s.execute(move)).rowcount == 1
 
 
-def _moved(s: Session, move: Update) -> StreamSession | None:
-    """The row as the move left it, where it found it in the state that it names."""
-    return _one(s.execute(move.returning(*_SESSIONS.c)))
+def _returning(move: Update) -> ReturningUpdate[Any]:
+    """A move that gives out the row as it left it, where it found it in the state that it names."""
+    return move.returning(*_SESSIONS.c)
+
+
+_CLAIM: Final = _returning(
+    _SESSIONS.update()
+    .where(_IS_ACTIVE, _SESSIONS.c.epoch == bindparam("at_epoch"), _SESSIONS.c.owner.is_(None))
+    .values(
+        epoch=_SESSIONS.c.epoch + 1,
+        attempt=_SESSIONS.c.attempt + 1,
+        owner=bindparam("by_owner"),
+        phase=StreamPhase.LOADING.value,
+        claimed_at=func.coalesce(_SESSIONS.c.claimed_at, bindparam("moment", type_=UTCDateTime)),
+        heartbeat_at=bindparam("moment", type_=UTCDateTime),
+        due_at=bindparam("is_due_at"),
+        due_reason=bindparam("is_due_for"),
+    )
+)
 
 
 def claim(s: Session, session_id: UUID, epoch: int, owner: str, at: datetime, due: Due) -> StreamSession | None:
     """CLAIM: from ACTIVE and unowned at `epoch` to owned at the next; the row as it is then, or None."""
-    return _moved(
-        s,
-        _SESSIONS.update()
-        .where(is_active(session_id, epoch), _SESSIONS.c.owner.is_(None))
-        .values(
-            epoch=epoch + 1,
-            attempt=_SESSIONS.c.attempt + 1,
-            owner=owner,
-            phase=StreamPhase.LOADING.value,
-            claimed_at=func.coalesce(_SESSIONS.c.claimed_at, at),
-            heartbeat_at=at,
-            due_at=due.at,
-            due_reason=due.reason.value,
-        ),
-    )
+    values = {"by_owner": owner, "moment": at, "is_due_at": due.at, "is_due_for": due.reason.value}
+    return _one(s.execute(_CLAIM, {"of_session": session_id, "at_epoch": epoch} | values))
 
 
 def is_claimed_by(row: StreamSession, owner: str, moments: Sequence[datetime]) -> bool:
@@ -217,64 +234,97 @@ def release(s: Session, session_id: UUID, epoch: int, due: Due | None = None) ->
     return _changes(s, _SESSIONS.update().where(owned).values(values))
 
 
+_RECORD: Final = _returning(
+    _SESSIONS.update()
+    .where(_IS_ACTIVE, _SESSIONS.c.stop_reason.is_(None))
+    .values(
+        stop_reason=bindparam("wanted_reason"),
+        stop_by=bindparam("wanted_by"),
+        stop_requested_at=bindparam("moment"),
+        requeue_at=bindparam("moment"),
+    )
+)
+
+
 def record_stop(
     s: Session, session_id: UUID, reason: TerminationReason, by: str | None, at: datetime
 ) -> StreamSession | None:
     """RECORD who wants the session to stop, and why; the first stays. Returns the row as it is then."""
-    recorded = _moved(
-        s,
-        _SESSIONS.update()
-        .where(is_active(session_id), _SESSIONS.c.stop_reason.is_(None))
-        .values(stop_reason=reason.value, stop_by=by, stop_requested_at=at, requeue_at=at),
+    values = {"of_session": session_id, "wanted_reason": reason.value, "wanted_by": by, "moment": at}
+    return _one(s.execute(_RECORD, values)) or get(s, session_id)
+
+
+_END: Final = _returning(
+    _SESSIONS.update()
+    .where(
+        _SESSIONS.c.id == bindparam("of_session"),
+        _SESSIONS.c.epoch == bindparam("at_epoch"),
+        _SESSIONS.c.status.in_(bindparam("sources", expanding=True)),
+        _SESSIONS.c.checkpoint_length <= bindparam("text_length"),
     )
-    return recorded or get(s, session_id)
+    .values(
+        {name: bindparam(f"ending_{name}") for name in _ENDING_COLUMNS}
+        | {"phase": func.coalesce(bindparam("ending_phase"), _SESSIONS.c.phase), "checkpoint": ""}
+    )
+)
+_SAY: Final = _MESSAGES.update().values({name: bindparam(f"said_{name}") for name in _SAID_COLUMNS})
+_SAY_TO: Final = _SAY.where(_MESSAGES.c.id == bindparam("of_message"))
+_ENDED: Final = _END.cte("ended")
+_END_AND_SAY: Final = select(_ENDED).add_cte(_SAY.where(_MESSAGES.c.id == _ENDED.c.message_id).cte("said"))
+"""Both as one statement, which PostgreSQL can, and which saves three round trips."""
 
 
 def commit(s: Session, session_id: UUID, epoch: int, ending: Ending) -> StreamSession | None:
-    """COMMIT: from ACTIVE at `epoch` to its end, with the message, in one transaction.
+    """COMMIT: from ACTIVE at `epoch` to its end, with the message, as one: on PostgreSQL in one statement, elsewhere in
+    the caller's transaction.
 
     Returns the row as it is then; None, having written nothing, where the session has ended or moved to another epoch,
     or has a checkpoint that is longer than that text.
     """
     status = ending.reason.status
-    values = {
-        "status": status.value,
-        "reason": ending.reason.value,
-        "detail": ending.detail,
-        "length": len(ending.content),
-        "thinking_length": ending.thinking_length,
-        "sha256": ending.sha256,
-        "fenced_at": ending.fenced_at,
-        "upstream_closed_at": ending.upstream_closed_at,
-        "ended_at": ending.ended_at,
-        "checkpoint": "",
+    where = {
+        "of_session": session_id,
+        "at_epoch": epoch,
+        "sources": [source.value for source in sources_of(status)],
+        "text_length": len(ending.text),
     }
-    if ending.phase is not None:
-        values["phase"] = ending.phase.value
-    moved = _moved(
-        s,
-        _SESSIONS.update()
-        .where(
-            _SESSIONS.c.id == session_id,
-            _SESSIONS.c.epoch == epoch,
-            _SESSIONS.c.status.in_([source.value for source in sources_of(status)]),
-            _SESSIONS.c.checkpoint_length <= len(ending.text),
-        )
-        .values(values),
+    end = {
+        "ending_status": status.value,
+        "ending_reason": ending.reason.value,
+        "ending_detail": ending.detail,
+        "ending_phase": ending.phase and ending.phase.value,
+        "ending_length": len(ending.content),
+        "ending_thinking_length": ending.thinking_length,
+        "ending_sha256": ending.sha256,
+        "ending_fenced_at": ending.fenced_at,
+        "ending_upstream_closed_at": ending.upstream_closed_at,
+        "ending_ended_at": ending.ended_at,
+    }
+    say = {
+        "said_content": ending.content,
+        "said_thinking": ending.thinking,
+        "said_status": status.value,
+        "said_reason": ending.reason.value,
+        "said_stats": ending.stats,
+    }
+    if s.get_bind().dialect.name == "postgresql":
+        return _one(s.execute(_END_AND_SAY, where | end | say))
+    ended = _one(s.execute(_END, where | end))
+    if ended is not None:
+        s.execute(_SAY_TO, say | {"of_message": ended.message_id})
+    return ended
+
+
+_PUBLISHED: Final = (
+    _SESSIONS.update()
+    .where(
+        _SESSIONS.c.id == bindparam("of_session"),
+        _SESSIONS.c.status != ACTIVE,
+        _SESSIONS.c.published_at.is_(None),
     )
-    if moved is not None:
-        s.execute(
-            _MESSAGES.update()
-            .where(_MESSAGES.c.id == moved.message_id)
-            .values(
-                content=ending.content,
-                thinking=ending.thinking,
-                status=status.value,
-                reason=ending.reason.value,
-                stats=ending.stats,
-            )
-        )
-    return moved
+    .values(published_at=bindparam("moment"))
+    .returning(*_SESSIONS.c, _STATS.label("stats"))
+)
 
 
 def published(s: Session, session_id: UUID, at: datetime) -> tuple[StreamSession, dict[str, Any]] | None:
@@ -282,12 +332,7 @@ def published(s: Session, session_id: UUID, at: datetime) -> tuple[StreamSession
 
     Returns the row and the upstream's own figures to whoever was the one to note it.
     """
-    noted = s.execute(
-        _SESSIONS.update()
-        .where(_SESSIONS.c.id == session_id, _SESSIONS.c.status != ACTIVE, _SESSIONS.c.published_at.is_(None))
-        .values(published_at=at)
-        .returning(*_SESSIONS.c, _STATS.label("stats"))
-    ).one_or_none()
+    noted = s.execute(_PUBLISHED, {"of_session": session_id, "moment": at}).one_or_none()
     return None if noted is None else (cast(StreamSession, noted), noted.stats or {})
 
 
