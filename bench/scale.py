@@ -318,8 +318,6 @@ CALLS: Final[Mapping[tuple[str, str], Preparing]] = {
 """By what is asked, and who asks."""
 ALLOWED: Final[Mapping[tuple[str, str], float]] = {("all streams", HEAVY): 10.0}
 """Ratios other than `MAX_RATIO`: there is a look at each conversation of the user, who has a hundred times as many."""
-LEFT_OPEN: Final = frozenset({("retry", "Index Scan messages pk_messages (id > ?::uuid)")})
-"""Known, and bounded by what was said since: PostgreSQL looks among all later messages for one of the conversation."""
 
 
 @contextmanager
@@ -352,7 +350,6 @@ def watch(site: Site, call: str, user: str) -> PlanWatch:
     seconds_of(site, user, preparing)
     with _prepared(site, user, preparing) as timed, PlanWatch(site.world.database.engine) as watch:
         timed()
-    watch.walks = {walk for walk in watch.walks if (call, walk.node) not in LEFT_OPEN}
     return watch
 
 

@@ -38,6 +38,9 @@ PACE: Final = 50
 STOPS: Final = 20
 BACKGROUND_SECONDS: Final = 2.0
 READS: Final = "sluicegate_streamed_chunks_total"
+SETTINGS: Final = {"SLUICEGATE_LEASE_SECONDS": "600", "SLUICEGATE_LEASE_RENEW_SECONDS": "60"}
+"""A renewal asks for each lease, of which there are seventy: one more or less in half a second would be seven commands
+for each stop."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args(arguments)
-    with running() as rig:
+    with running(settings=SETTINGS) as rig:
         found = measure(rig.stack, rig.postgres, SIZES)
     print(table(found))
     if options.json:

@@ -44,6 +44,8 @@ _STATS: Final = (
     "done_reason",
 )
 _READ_BYTES: Final = 16384
+_FEW_BYTES: Final = 1024
+"""Asked for where the last read did not find as much as it asked for: whoever waits holds the room for it."""
 _READ_SECONDS: Final = 10e-6
 """What one read takes, about; it cannot be told from its waiting."""
 _PIECE_SECONDS: Final = 0.002
@@ -194,10 +196,11 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
 def _pieces(raw: Any) -> Iterator[bytes]:
     """What each read finds there: all the chunks that have come, or a part of a body that is not chunked."""
     if raw.chunked and not raw.headers.get("Content-Encoding"):
-        dechunker, body = Dechunker(), raw._fp.fp
+        dechunker, body, size_bytes = Dechunker(), raw._fp.fp, _FEW_BYTES
         while not dechunker.ended:
-            if not (arrived := body.read1(_READ_BYTES)):
+            if not (arrived := body.read1(size_bytes)):
                 raise InvalidChunk("the body ends before its last chunk")
+            size_bytes = _READ_BYTES if len(arrived) == size_bytes else _FEW_BYTES
             yield from dechunker.feed(arrived)
     else:
         while piece := raw.read1(_READ_BYTES, decode_content=True):

@@ -6,11 +6,18 @@ background is measured before, and taken off.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
-from bench.work import LIMITS, SIZES, Work, beyond, measure, table
+from bench.work import LIMITS, SETTINGS, SIZES, Work, beyond, measure, table
 from tests.functional.nodes import Stack
 from tests.services import PostgresServer
+
+
+@pytest.fixture(scope="module")
+def stack_settings() -> Mapping[str, str]:
+    return SETTINGS
 
 
 @pytest.mark.usefixtures("recovery")

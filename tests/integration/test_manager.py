@@ -990,6 +990,17 @@ class TestBeat:
         assert self.beat(world, worker, 3, WORLD_TEXT, 3).checkpoint_length == 3 + len(WORLD_TEXT)
         assert self.saved(world, worker.session_id) == ("hm " + WORLD_TEXT, 3 + len(WORLD_TEXT), 3)
 
+    def test_it_is_one_statement_however_many_there_are(self, world: World) -> None:
+        """SQLAlchemy keeps what it has compiled: with another for each number of sessions, a worker would grow."""
+        beats = [Beat(world.run().session_id, 1, 0, "a 'quoted' \\ \"text\"\n\U0001f642", 0, LATER) for _ in range(6)]
+        world.manager.beat(beats[:1])
+        kept: Any = world.database.engine._compiled_cache
+        before = len(kept)
+        for count in range(2, len(beats) + 1):
+            assert len(world.manager.beat(beats[:count])) == count
+        assert len(kept) == before
+        assert {world.row(one.session_id).checkpoint for one in beats} == {beats[0].delta}
+
     def test_lengths_are_code_points_in_every_database(self, world: World) -> None:
         for text in (*MIXED, "'; DROP TABLE users; --", "%s :at {x}"):
             worker = world.run()

@@ -127,13 +127,13 @@ class TestEndings:
         """It was carried out, but its worker does not know, asks again, and finds it done."""
         worker = world.run()
         worker.say("some text")
-        carry_out = world.database.write
+        carry_out = world.database.write_one
 
         def carry_out_without_an_answer(work: Any, **options: Any) -> None:
             carry_out(work, **options)
             raise Unavailable("The connection broke")
 
-        with patch.object(world.database, "write", carry_out_without_an_answer), pytest.raises(Unavailable):
+        with patch.object(world.database, "write_one", carry_out_without_an_answer), pytest.raises(Unavailable):
             worker.end(stats={"eval_count": 2})
         before = scrape(world)
         assert of(lines, "stream.completed") == []

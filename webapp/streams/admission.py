@@ -91,8 +91,10 @@ class Admission:
             TooManyStreams, Unavailable, NotFound, IntegrityError: as `of_message`.
         """
         old, message = self._ended(s, rerun)
-        later = (Message.conversation_id == message.conversation_id) & (Message.id > message.id)
-        if s.scalar(select(Message.id).where(later).limit(1)):
+        # The conversation's newest, and not any that is newer: for that PostgreSQL would look through all that anybody
+        # has said since.
+        in_it = select(Message.id).where(Message.conversation_id == message.conversation_id)
+        if s.scalar(in_it.order_by(Message.id.desc()).limit(1)) != message.id:
             raise Conflict("More was said since; only the latest answer can be retried")
         answer = _answer(message.conversation_id, old.model)
         s.add(answer)

@@ -33,11 +33,11 @@ BLOCK_MS: Final = 1000
 READ_ENTRIES: Final = 1000
 RETRY_SECONDS: Final = 0.25
 REST_SECONDS_PER_LOG: Final = 20e-6
-"""What a read costs for each log that is followed, whether anything is in it or not: so long the hub then rests, and
-finds more in the next. One that follows few does not wait."""
+"""A read asks for each log that is followed, whether anything is in it or not: so long the hub then rests for each of
+them, and finds more in the next."""
 REST_LIMIT_SECONDS: Final = 0.01
 REST_LEAST_SECONDS: Final = 0.001
-"""Below which waiting costs more than it saves."""
+"""Up to which it does not rest at all: with fewer than some 50 logs, waiting costs more than it saves."""
 LOST_CHECK_SECONDS: Final = 1.0
 """Between two questions to the database while Redis cannot be read: only it tells readers of endings then."""
 REPORT_PAUSE_SECONDS: Final = 0.1

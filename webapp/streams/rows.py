@@ -12,18 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, cast
 from uuid import UUID
 
+import orjson
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     CursorResult,
     Result,
     Table,
     Update,
-    Uuid,
     bindparam,
     case,
     delete,
@@ -342,40 +341,31 @@ def beat(s: Session, beats: Sequence[Beat], at: datetime) -> list[BeatAnswer]:
     A delta is taken only where the checkpoint ends at its start, so a repeated one adds nothing.
     Sessions that have ended, or are at another epoch, do not answer.
     """
-    values: dict[str, Any] = {"at": at}
-    binds: list[BindParameter[Any]] = [bindparam("at", type_=UTCDateTime)]
-    rows = []
-    for n, one in enumerate(beats):
-        row = {
-            f"i{n}": one.session_id,
-            f"e{n}": one.epoch,
-            f"s{n}": one.start,
-            f"d{n}": one.delta,
-            f"t{n}": one.thinking_length,
-            f"u{n}": one.due.at,
-            f"r{n}": one.due.reason.value,
-            f"o{n}": one.owner,
+    statement, moment = _BEATS[s.get_bind().dialect.name]
+    told = [
+        {
+            "id": one.session_id.hex,
+            "epoch": one.epoch,
+            "start": one.start,
+            "delta": one.delta,
+            "thinking": one.thinking_length,
+            "due_at": f"{one.due.at.astimezone(UTC):{moment}}",
+            "due_reason": one.due.reason.value,
+            "owner": one.owner,
         }
-        values |= row
-        rows.append("(" + ", ".join(f":{name}" for name in row) + ")")
-        binds += [bindparam(f"i{n}", type_=Uuid()), bindparam(f"u{n}", type_=UTCDateTime)]
-    statement = text(_BEAT.format(rows=", ".join(rows), cast=_CASTS.get(s.get_bind().dialect.name, ""))).bindparams(
-        *binds
-    )
+        for one in beats
+    ]
+    answers = s.execute(statement, {"beats": orjson.dumps(told).decode(), "at": at}).all()
     return [
         BeatAnswer(one.session_id, by_id[1], TerminationReason(by_id[2]) if by_id[2] else None)
-        for one, by_id in _matched(beats, s.execute(statement, values).all())
+        for one, by_id in _matched(beats, answers)
     ]
 
 
-_CASTS = {
-    "postgresql": "(CAST(NULL AS uuid), CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS text), CAST(NULL AS int), "
-    "CAST(NULL AS timestamptz), CAST(NULL AS text), CAST(NULL AS text)), "
-}
-# `WITH … (VALUES …)` is understood by both databases. PostgreSQL takes a VALUES column's type from its
-# first row; a row of NULLs that matches nothing tells it.
-_BEAT = """
-WITH beat (id, epoch, start, delta, thinking, due_at, due_reason, owner) AS (VALUES {cast}{rows})
+# All sessions are one parameter: a statement with so many for each of them would be another for each number of
+# sessions, compiled anew, and kept by SQLAlchemy for the next time.
+_BEAT: Final = """
+WITH beat AS ({told})
 UPDATE stream_sessions SET
   heartbeat_at = :at,
   owner = COALESCE(stream_sessions.owner, NULLIF(beat.owner, '')),
@@ -390,6 +380,30 @@ FROM beat
 WHERE stream_sessions.id = beat.id AND stream_sessions.epoch = beat.epoch AND stream_sessions.status = 'ACTIVE'
 RETURNING stream_sessions.id, stream_sessions.checkpoint_length, stream_sessions.stop_reason
 """
+_TOLD_TO_POSTGRESQL: Final = """
+SELECT * FROM json_to_recordset(CAST(:beats AS json)) AS told
+  (id uuid, epoch int, start int, delta text, thinking int, due_at timestamptz, due_reason text, owner text)
+"""
+_TOLD_TO_SQLITE: Final = """
+SELECT
+  json_extract(value, '$.id') AS id,
+  json_extract(value, '$.epoch') AS epoch,
+  json_extract(value, '$.start') AS start,
+  json_extract(value, '$.delta') AS delta,
+  json_extract(value, '$.thinking') AS thinking,
+  json_extract(value, '$.due_at') AS due_at,
+  json_extract(value, '$.due_reason') AS due_reason,
+  json_extract(value, '$.owner') AS owner
+FROM json_each(:beats)
+"""
+_BEATS: Final = {
+    dialect: (text(_BEAT.format(told=told)).bindparams(bindparam("at", type_=UTCDateTime)), moment)
+    for dialect, told, moment in (
+        ("postgresql", _TOLD_TO_POSTGRESQL, "%Y-%m-%d %H:%M:%S.%f+00"),
+        ("sqlite", _TOLD_TO_SQLITE, "%Y-%m-%d %H:%M:%S.%f"),
+    )
+}
+"""By dialect; and how a moment is written there, in UTC: SQLite keeps it as text."""
 
 
 def _matched(beats: Sequence[Beat], rows: Sequence[Any]) -> list[tuple[Beat, Any]]:
