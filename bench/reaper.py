@@ -116,8 +116,7 @@ def put_off(world: World) -> None:
 def read_hot_paths(world: World) -> None:
     """The other questions that are asked often: of the hub, of the lists, and at the start of every stream."""
     session_ids, user_id = world.database.read(_some_active)
-    world.database.read(lambda s: rows.active_count(s, user_id))
-    world.database.read(lambda s: rows.queue_length(s))
+    world.database.read(lambda s: rows.crowd(s, user_id))
     world.queries.queue_position(session_ids[0])
     world.queries.ended_among(session_ids)
     world.queries.list_streams(active_only=True)

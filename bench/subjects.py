@@ -239,7 +239,8 @@ def sluicegate(directory: Path, model_url: str, postgres: PostgresServer) -> Ite
     kinds = {
         "web": stack.web.family,
         "worker": worker.container.process.family,
-        "reaper and beat": lambda: [one for process in stack.others.values() for one in process.family()],
+        "reaper": stack.others["reaper"].family,
+        "beat": stack.others["beat"].family,
         "Valkey": lambda: [psutil.Process(valkey.pid)],
         "database": lambda: psutil.Process(postgres.pid).children(recursive=True),
     }

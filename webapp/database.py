@@ -145,7 +145,9 @@ def configure_database(app: Flask, settings: Settings) -> None:
         else {"pool_size": 10, "max_overflow": 20, "connect_args": {"connect_timeout": 5}}
     )
     # The texts are among the parameters, and an error's message is logged.
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | {"hide_parameters": True, "poolclass": _Pool}
+    # The connection used last is the one whose server process has everything at hand.
+    always = {"hide_parameters": True, "poolclass": _Pool, "pool_use_lifo": True}
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | always
     db.init_app(app)
 
 

@@ -31,7 +31,9 @@ kombu.utils.functional.sleep = time.sleep  # type: ignore[attr-defined]
 settings = load_settings()
 settings.data_dir.mkdir(parents=True, exist_ok=True)  # where beat keeps its schedule
 share(settings.metrics_directory)
-app = make_celery(settings, include=["workers.tasks", "workers.control", "workers.reaper"])
+app = make_celery(
+    settings, include=["workers.tasks", "workers.control", "workers.reaper"], events="workers.events:BufferedEvents"
+)
 
 
 @setup_logging.connect

@@ -90,6 +90,24 @@ def refused_after_seconds(call: Callable[[], object]) -> tuple[float, str]:
     return time.monotonic() - began_at, refusal.value.detail
 
 
+def test_the_connection_that_was_used_last_is_used_next(opened: OpenDatabase, url: str) -> None:
+    """Of the others, which more work at once had needed, the server's processes have their caches cold."""
+    database, all_there = opened(url), threading.Barrier(5)
+
+    def served_by(*, together: bool = False) -> int:
+        def work(s: Session) -> int:
+            if together:
+                all_there.wait(5)
+            return s.scalar(sa.select(sa.func.pg_backend_pid())) or 0
+
+        return database.read(work)
+
+    with ThreadPoolExecutor(5) as threads:
+        several = set(threads.map(lambda _: served_by(together=True), range(5)))
+    assert len(several) == 5
+    assert len({served_by() for _ in range(10)}) == 1
+
+
 class TestADatabaseThatDoesNotAnswer:
     """It accepts connections, and says nothing: frozen, or behind a network that swallows packets."""
 

@@ -5,12 +5,13 @@ Every function takes the session of a transaction that the caller holds: it is a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from webapp.config import Settings
 from webapp.errors import Conflict, ConversationBusy, NotFound, TooManyStreams, Unavailable
@@ -39,10 +40,10 @@ class Admission:
         self._require_room(s, new.user_id)
         if new.conversation_id:
             _require_visible(s, new.conversation_id)
-        conversation_id = new.conversation_id or _insert_conversation(s, new)
+        conversation_id = new.conversation_id or new_id()
+        beginning = [] if new.conversation_id else _conversation(conversation_id, new)
         question = Message(id=new_id(), conversation_id=conversation_id, role=MessageRole.USER, content=new.content)
         answer = _answer(conversation_id, new.model)
-        rows.put(s, question)
         return self._begin(
             s,
             StreamSession(
@@ -58,6 +59,7 @@ class Admission:
             answer,
             new.timeouts or Timeouts.of(self._settings),
             new.request_key,
+            before=[*beginning, question],
         )
 
     def of_continuation(self, s: Session, rerun: Rerun) -> StreamSession:
@@ -123,9 +125,16 @@ class Admission:
         return old, message
 
     def _begin(
-        self, s: Session, row: StreamSession, answer: Message, timeouts: Timeouts, key: RequestKey | None
+        self,
+        s: Session,
+        row: StreamSession,
+        answer: Message,
+        timeouts: Timeouts,
+        key: RequestKey | None,
+        before: Sequence[DeclarativeBase] = (),
     ) -> StreamSession:
-        """The parts that every session has; what the database refuses is raised here."""
+        """The parts that every session has, put in behind what comes `before` them; what the database refuses is
+        raised here."""
         moment = now()
         row.id = new_id()
         row.started_at = moment
@@ -136,24 +145,23 @@ class Admission:
         if row.on_disconnect == OnDisconnect.TERMINATE:
             row.abandon_at = moment + timedelta(seconds=self._settings.abandon_grace_seconds)
         answer.session_id = row.id
-        if answer in s:
-            s.flush()  # it was there before
-        else:
-            rows.put(s, answer)
-        rows.put(s, row)
-        if key:
-            rows.remember_request(s, key, row.id, moment)
+        was_there = answer in s
+        if was_there:
+            s.flush()
+        kept_key = [rows.request_key(s, key, row.id, moment)] if key else []
+        rows.put(s, *before, *([] if was_there else [answer]), row, *kept_key)
         return row
 
     def _require_room(self, s: Session, user_id: UUID) -> None:
         cap, queue_cap = self._settings.max_active_streams_per_user, self._settings.max_queued_streams
         if cap:
             rows.lock_user(s, user_id)
-            if rows.active_count(s, user_id) >= cap:
-                raise TooManyStreams(
-                    f"You have {cap} active streams, the most allowed; stop one first", retry_after_seconds=5
-                )
-        if queue_cap and rows.queue_length(s) >= queue_cap:
+        active, queued = rows.crowd(s, user_id) if cap or queue_cap else (0, 0)
+        if cap and active >= cap:
+            raise TooManyStreams(
+                f"You have {cap} active streams, the most allowed; stop one first", retry_after_seconds=5
+            )
+        if queue_cap and queued >= queue_cap:
             raise Unavailable("The queue is full; try again", retry_after_seconds=10)
 
 
@@ -170,11 +178,11 @@ def _require_visible(s: Session, conversation_id: UUID) -> None:
         raise NotFound(f"There is no conversation {conversation_id} that you can see")
 
 
-def _insert_conversation(s: Session, new: NewMessage) -> UUID:
+def _conversation(conversation_id: UUID, new: NewMessage) -> list[DeclarativeBase]:
+    """A new one, and its owner."""
     title = " ".join(new.content.split())[:60]
-    conversation = Conversation(id=new_id(), title=title)
-    rows.put(s, conversation, Member(user_id=new.user_id, conversation_id=conversation.id, role=Role.OWNER))
-    return conversation.id
+    owner = Member(user_id=new.user_id, conversation_id=conversation_id, role=Role.OWNER)
+    return [Conversation(id=conversation_id, title=title), owner]
 
 
 def _answer(conversation_id: UUID, model: str) -> Message:

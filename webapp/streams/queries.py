@@ -90,7 +90,7 @@ class SessionQueries:
 
     def queue_position(self, session_id: UUID) -> int:
         """How many sessions wait before this one; 0: it is the next."""
-        return self._database.read(lambda s: rows.queue_length(s, session_id))
+        return self._database.read(lambda s: rows.queue_position(s, session_id))
 
     def population(self) -> tuple[int, int]:
         """How many sessions are ACTIVE, and how many of those no worker has."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -20,6 +21,7 @@ import orjson
 from sqlalchemy import (
     ColumnElement,
     CursorResult,
+    Insert,
     Result,
     Table,
     Update,
@@ -44,6 +46,7 @@ ACTIVE = StreamStatus.ACTIVE.value
 _SESSIONS: Final = cast(Table, StreamSession.__table__)
 _MESSAGES: Final = cast(Table, Message.__table__)
 _IS_ACTIVE: Final = (_SESSIONS.c.id == bindparam("of_session")) & (_SESSIONS.c.status == ACTIVE)
+_IS_QUEUED: Final = (_SESSIONS.c.status == ACTIVE) & _SESSIONS.c.owner.is_(None)
 _ENDING_COLUMNS: Final = (
     "status",
     "reason",
@@ -123,19 +126,16 @@ class BeatAnswer:
     stop_reason: TerminationReason | None
 
 
-def remember_request(s: Session, request: RequestKey, session_id: UUID, at: datetime) -> None:
-    """Keep a request's key with the session that it began; one too old to count gives way."""
+def request_key(s: Session, request: RequestKey, session_id: UUID, at: datetime) -> IdempotencyKey:
+    """What keeps a request's key with the session that it began, to be put; one too old to count gives way."""
     old = (IdempotencyKey.created_at < at - REQUEST_KEY_KEPT) & (IdempotencyKey.user_id == request.user_id)
     s.execute(delete(IdempotencyKey).where(old))
-    put(
-        s,
-        IdempotencyKey(
-            user_id=request.user_id,
-            key=request.key,
-            body_sha256=request.body_sha256,
-            session_id=session_id,
-            created_at=at,
-        ),
+    return IdempotencyKey(
+        user_id=request.user_id,
+        key=request.key,
+        body_sha256=request.body_sha256,
+        session_id=session_id,
+        created_at=at,
     )
 
 
@@ -167,15 +167,36 @@ def _one(found: Result[Any]) -> StreamSession | None:
 
 
 def put(s: Session, *objects: DeclarativeBase) -> None:
-    """Insert what was made, in this order, with its columns' defaults, which it has then too."""
-    for one in objects:
-        table = cast(Table, one.__table__)
-        for column in table.c:
-            default: Any = column.default
-            if default is not None and column.key not in one.__dict__:
-                setattr(one, column.key, default.arg(None) if default.is_callable else default.arg)
-        values = {column.key: one.__dict__[column.key] for column in table.c if column.key in one.__dict__}
-        s.execute(table.insert(), values)
+    """Insert what was made, with its columns' defaults, which it has then too: in one statement on PostgreSQL, which
+    looks at foreign keys when that is over; one after the other elsewhere."""
+    made = [(cast(Table, one.__table__), _values_of(one)) for one in objects]
+    if s.get_bind().dialect.name == "postgresql":
+        statement = _inserting(tuple((table, tuple(values)) for table, values in made))
+        s.execute(statement, {_name(at, key): said for at, (_, of) in enumerate(made) for key, said in of.items()})
+    else:
+        for table, values in made:
+            s.execute(table.insert(), values)
+
+
+def _values_of(made: DeclarativeBase) -> dict[str, Any]:
+    table = cast(Table, made.__table__)
+    for column in table.c:
+        default: Any = column.default
+        if default is not None and column.key not in made.__dict__:
+            setattr(made, column.key, default.arg(None) if default.is_callable else default.arg)
+    return {column.key: made.__dict__[column.key] for column in table.c if column.key in made.__dict__}
+
+
+@lru_cache(maxsize=64)  # a statement that is made anew would be compiled anew
+def _inserting(made: tuple[tuple[Table, tuple[str, ...]], ...]) -> Insert:
+    *others, last = [
+        table.insert().values({key: bindparam(_name(at, key)) for key in keys}) for at, (table, keys) in enumerate(made)
+    ]
+    return last.add_cte(*(other.cte(f"put_{at}") for at, other in enumerate(others)))
+
+
+def _name(at: int, key: str) -> str:
+    return f"put_{at}_{key}"
 
 
 def is_active(session_id: UUID, epoch: int | None = None) -> ColumnElement[bool]:
@@ -482,18 +503,26 @@ def active_in(s: Session, conversation_id: UUID) -> UUID | None:
     return s.scalar(select(StreamSession.id).where(where))
 
 
-def active_count(s: Session, user_id: UUID) -> int:
-    """How many sessions of a user are ACTIVE."""
-    where = (StreamSession.user_id == user_id) & (StreamSession.status == ACTIVE)
-    return s.scalar(select(func.count()).select_from(StreamSession).where(where)) or 0
+_CROWD: Final = select(
+    select(func.count())
+    .select_from(_SESSIONS)
+    .where(_SESSIONS.c.user_id == bindparam("of_user"), _SESSIONS.c.status == ACTIVE)
+    .scalar_subquery(),
+    select(func.count()).select_from(_SESSIONS).where(_IS_QUEUED).scalar_subquery(),
+)
 
 
-def queue_length(s: Session, before_id: UUID | None = None) -> int:
-    """How many sessions no worker has claimed; those before one of them, where it is named."""
-    where = (StreamSession.status == ACTIVE) & StreamSession.owner.is_(None)
+def crowd(s: Session, user_id: UUID) -> tuple[int, int]:
+    """How many sessions of a user are ACTIVE; and how many of anybody's no worker has claimed."""
+    active, queued = s.execute(_CROWD, {"of_user": user_id}).one()
+    return active, queued
+
+
+def queue_position(s: Session, session_id: UUID) -> int:
+    """How many sessions that no worker has claimed are older than this one."""
     # Not in `where`: SQLite would go through all ids below it, instead of through the queue's own index.
-    counted = func.count() if before_id is None else func.count().filter(StreamSession.id < before_id)
-    return s.scalar(select(counted).select_from(StreamSession).where(where)) or 0
+    counted = func.count().filter(_SESSIONS.c.id < session_id)
+    return s.scalar(select(counted).select_from(_SESSIONS).where(_IS_QUEUED)) or 0
 
 
 def history(s: Session, row: StreamSession, limit_characters: int) -> list[dict[str, str]]:
