@@ -110,9 +110,16 @@ bench-lost-worker: install ## Measure how soon the streams of a killed worker go
 bench-speed: install ## Measure what tokens, stops and streams cost beside others; ARGS="--short --only stops"
 	$(BIN)/python -m bench.speed $(ARGS)
 
-.PHONY: bench-plots
-bench-plots: install ## Draw the plots of docs/performance.md from bench/results/speed.json; installs matplotlib
+.PHONY: bench-extra
+bench-extra: install
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+
+.PHONY: bench-profile
+bench-profile: bench-extra ## Measure where time goes in web and worker, by py-spy, as root; ARGS="--seconds 20"
+	$(BIN)/python -m bench.speed_profile $(ARGS)
+
+.PHONY: bench-plots
+bench-plots: bench-extra ## Draw the plots of docs/performance.md from bench/results/speed.json; installs matplotlib
 	$(BIN)/python -m bench.speed_plots bench/results/speed.json docs/images
 
 .PHONY: bench-work
