@@ -2,9 +2,9 @@
 
     python -m bench.speed_profile [--seconds N]
 
-Samples of Python's stacks, taken while a process is on a core, are sorted by what the innermost frame that tells belongs
-to. What an extension in C does counts for the frame that called it. py-spy may look at processes that it has not started
-only as root, or where the kernel's `ptrace_scope` is 0.
+Samples of Python's stacks, taken while a process is on a core, are sorted by what the innermost frame that tells
+belongs to. What an extension in C does counts for the frame that called it. py-spy may look at processes that it has
+not started only as root, or where the kernel's `ptrace_scope` is 0.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bench.subjects import Sluicegate
 
 KINDS: Final = ("web", "worker")
 SAMPLES_A_SECOND: Final = 400
+PY_SPY: Final = str(Path(sys.executable).with_name("py-spy"))
 STREAMS: Final = 50
 STOPS: Final = 1_000_000
 PLACES: Final = (
@@ -82,11 +83,9 @@ async def profiled(subject: Sluicegate, seconds: int, directory: Path) -> dict[s
     for kind in KINDS:
         for process in subject.processes[kind]():
             path = directory / f"{kind}-{process.pid}-{time.monotonic_ns()}.raw"
-            options = f"--rate {SAMPLES_A_SECOND} --duration {seconds} --format raw --output {path} --pid {process.pid}"
+            options = ["--rate", str(SAMPLES_A_SECOND), "--duration", str(seconds), "--format", "raw"]
             spy = await asyncio.create_subprocess_exec(
-                str(Path(sys.executable).with_name("py-spy")),
-                "record",
-                *options.split(),
+                *(PY_SPY, "record", *options, "--output", str(path), "--pid", str(process.pid)),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
@@ -115,7 +114,7 @@ async def stopping(model_url: str, subject: Sluicegate) -> AsyncIterator[None]:
 def table(title: str, found: dict[str, Counter[str]]) -> str:
     """As Markdown, in shares of each process's samples."""
     rows = [f"| {title} | {' | '.join(KINDS)} |", f"| --- |{' ---: |' * len(KINDS)}"]
-    for name in (*(name for name, _ in PLACES), LOOP, OTHER):
+    for name in dict.fromkeys([*(name for name, _ in PLACES), LOOP, OTHER]):
         shares = [found[kind][name] / max(1, found[kind].total()) for kind in KINDS]
         if max(shares) >= 0.005:
             rows.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")

@@ -27,6 +27,7 @@ TOLD: Final = ("stops", "tokens", "unpaced", "memory", "idle", "readers", "start
 """In the order of the table."""
 STEPS: Final = ("first token", "fence", "freed", "commit", "reader's done", "answer")
 DATABASE: Final = "database"
+REAPER: Final = "reaper"
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,16 @@ def _token_bounds(found: Mapping[str, Any]) -> Iterator[Bound]:
 
 
 def _memory_bounds(found: Mapping[str, Any]) -> Iterator[Bound]:
-    """Of our own processes; the database's are somebody else's to dimension, and told beside."""
-    for what, streams, kb_a_unit, meant, unit in (
-        ("memory of each of 100 streams", "100", 1, 60, " KB"),
-        ("memory with no stream", "0", 1024, 350, " MB"),
+    """Of our own processes; the database's are somebody else's to dimension, and told beside. So is the reaper's of a
+    system at rest: the bound is for web, worker, beat and Valkey."""
+    for what, streams, kb_a_unit, meant, unit, apart in (
+        ("memory of each of 100 streams", "100", 1, 60, " KB", (DATABASE,)),
+        ("memory with no stream", "0", 1024, 350, " MB", (REAPER, DATABASE)),
     ):
         if kb := at(found, "memory", streams, OURS, "kb"):
-            own = sum(value for kind, value in kb.items() if kind != DATABASE) / kb_a_unit
-            note = f" (database: {kb.get(DATABASE, 0) / kb_a_unit:.0f}{unit} besides)"
-            yield Bound(what, own, meant, unit, digits=0, note=note)
+            own = sum(value for kind, value in kb.items() if kind not in apart) / kb_a_unit
+            besides = (f"{kind}: {kb[kind] / kb_a_unit:.0f}{unit}" for kind in apart if kind in kb)
+            yield Bound(what, own, meant, unit, digits=0, note=f" ({', '.join(besides)} besides)")
 
 
 def bounds_table(found: Mapping[str, Any]) -> str:

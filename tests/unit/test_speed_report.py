@@ -43,7 +43,7 @@ FOUND: dict[str, Any] = {
         },
         "unpaced": {"20": {NAIVE: 60_000.0, OURS: 90_000.0}, "100": {NAIVE: 60_000.0, OURS: 80_000.0}},
         "memory": {
-            "0": {OURS: {"kb": {"web": 200 * 1024, "worker": 100 * 1024, "database": 90 * 1024}}},
+            "0": {OURS: {"kb": {"web": 200 * 1024, "worker": 100 * 1024, "reaper": 80 * 1024, "database": 90 * 1024}}},
             "100": {
                 OURS: {"kb": {"web": 40.0, "worker": 21.0, "database": 30.0}, "age": summary(1.0, 2.0), "cpu": {}},
             },
@@ -107,7 +107,7 @@ def test_the_tables(found: dict[str, Any]) -> None:
     )
     bounds = speed_report.bounds_table(found).splitlines()
     assert "| stop, streaming → freed, p99 | 3.2 × | ≤ 3 × | **no** |" in bounds
-    assert "| memory with no stream | 300 MB (database: 90 MB besides) | ≤ 350 MB | yes |" in bounds
+    assert "| memory with no stream | 300 MB (reaper: 80 MB, database: 90 MB besides) | ≤ 350 MB | yes |" in bounds
 
 
 def test_the_exit_code_names_what_is_missed(
