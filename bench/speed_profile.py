@@ -106,6 +106,9 @@ async def stopping(model_url: str, subject: Sluicegate) -> AsyncIterator[None]:
     try:
         await asyncio.sleep(parts.TOLD_SECONDS)
         yield
+        if task.done():
+            task.result()  # what ended it
+            raise RuntimeError("the stops were over before the samples")
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -115,8 +115,9 @@ def _memory_bounds(found: Mapping[str, Any]) -> Iterator[Bound]:
     ):
         if kb := at(found, "memory", streams, OURS, "kb"):
             own = sum(value for kind, value in kb.items() if kind not in apart) / kb_a_unit
-            besides = (f"{kind}: {kb[kind] / kb_a_unit:.0f}{unit}" for kind in apart if kind in kb)
-            yield Bound(what, own, meant, unit, digits=0, note=f" ({', '.join(besides)} besides)")
+            besides = [f"{kind}: {kb[kind] / kb_a_unit:.0f}{unit}" for kind in apart if kind in kb]
+            note = f" ({', '.join(besides)} besides)" if besides else ""
+            yield Bound(what, own, meant, unit, digits=0, note=note)
 
 
 def bounds_table(found: Mapping[str, Any]) -> str:

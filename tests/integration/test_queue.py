@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +16,7 @@ from kombu import Connection, Message
 from kombu.exceptions import OperationalError
 
 from tests.integration.world import CLOSED_REDIS, make_settings
-from tests.services import ValkeyServer, valkey_server
+from tests.services import ValkeyServer, valkey_server, wait_until
 from webapp.models import new_id
 from webapp.queue import ANSWER_SECONDS, CeleryQueue, make_celery
 from webapp.streams.lifecycle import TerminationReason
@@ -77,10 +76,14 @@ def test_who_consumes_tries_again_every_second(tmp_path: Path) -> None:
 
 def await_subscription(connection: Connection, server: ValkeyServer) -> None:
     """Has it begin: kombu subscribes when it first waits for something."""
+
+    def listens() -> bool:
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=0.1)
+        return bool(client.pubsub_numpat())
+
     with redis.Redis.from_url(server.url) as client:
-        while not client.pubsub_numpat():
-            with suppress(TimeoutError):
-                connection.drain_events(timeout=0.1)
+        wait_until(listens, 5, "kombu has subscribed")
 
 
 def test_the_events_of_tasks_are_sent_together_and_those_of_the_worker_at_once(
@@ -88,25 +91,29 @@ def test_the_events_of_tasks_are_sent_together_and_those_of_the_worker_at_once(
 ) -> None:
     settings = make_settings("sqlite:///unused.db", own_valkey.url, tmp_path, celery_broker_url=own_valkey.url)
     app = make_celery(settings, set_as_current=False, events="workers.events:BufferedEvents")
-    heard: list[tuple[int, str]] = []
-    messages = count(1)
+    heard: list[list[str]] = []
 
     def hear(body: Any, message: Message) -> None:
-        number = next(messages)
-        heard.extend((number, event["type"]) for event in (body if isinstance(body, list) else [body]))
+        heard.append([event["type"] for event in (body if isinstance(body, list) else [body])])
 
-    with app.connection() as here, app.connection() as there:
+    def hear_all(count: int) -> list[list[str]]:
+        while sum(map(len, heard)) < count:
+            here.drain_events(timeout=5)
+        return [heard.pop(0) for _ in range(len(heard))]
+
+    with app.connection() as here, app.connection() as there, app.connection() as elsewhere:
         receiver = app.events.Receiver(here)
         with here.Consumer([receiver.queue], callbacks=[hear], accept=["json"], no_ack=True):
             await_subscription(here, own_valkey)
             with patch("workers.events.is_module_patched", return_value=True):
-                dispatcher = app.events.Dispatcher(there)
-            for kind in ("task-received", "task-started", "worker-heartbeat", "task-succeeded"):
-                dispatcher.send(kind)
-            for expected in (4, 5):
-                gevent.sleep(2 * LATER_SECONDS)  # has what is due run, which it does by itself in a worker
-                while len(heard) < expected:
-                    here.drain_events(timeout=5)
-                dispatcher.send("task-received")
-    together = [(2, "task-received"), (2, "task-started"), (2, "task-succeeded")]
-    assert heard == [(1, "worker-heartbeat"), *together, (3, "task-received")]
+                first, second = app.events.Dispatcher(there), app.events.Dispatcher(elsewhere)
+            for kind in ("task-received", "worker-heartbeat", *["task-started"] * 40):
+                first.send(kind)
+            gevent.sleep(2 * LATER_SECONDS)  # has what is due run, which it does by itself in a worker
+            assert hear_all(42) == [["worker-heartbeat"], ["task-received", *["task-started"] * 40]]
+
+            first.send("task-succeeded")
+            first.disable()  # as a worker does whose connection is lost, which then makes another
+            second.extend_buffer(first)
+            second.flush()
+            assert hear_all(1) == [["task-succeeded"]]
