@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from bench.work import LIMITS, SETTINGS, SIZES, Work, beyond, measure, table
+from bench.work import LIMITS, SETTINGS, SIZES, Work, beyond, measure_in_quiet, table
 from tests.functional.nodes import Stack
 from tests.services import PostgresServer
 
@@ -22,9 +22,13 @@ def stack_settings() -> Mapping[str, str]:
 
 @pytest.mark.usefixtures("recovery")
 def test_nothing_costs_more_than_it_did(stack: Stack, postgres: PostgresServer) -> None:
-    found = measure(stack, postgres, SIZES)
+    found = measure_in_quiet(stack, postgres, SIZES)
     print(table(found))
     assert beyond(found) == []
+
+
+def test_a_figure_is_the_least_of_each_time() -> None:
+    assert Work(3.0, 1.0, 2.0).least(Work(2.0, 4.0, 2.5)) == Work(2.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize("kind", ["token", "start", "stop"])
