@@ -34,6 +34,7 @@ share(settings.metrics_directory)
 app = make_celery(
     settings, include=["workers.tasks", "workers.control", "workers.reaper"], events="workers.events:BufferedEvents"
 )
+app.conf.worker_consumer = "workers.consumer:Consumer"
 
 
 @setup_logging.connect

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import gevent
 import pytest
 import redis
-from kombu import Connection, Message
+from kombu import Connection, Exchange, Message, Queue
 from kombu.exceptions import OperationalError
 
 from tests.integration.world import CLOSED_REDIS, make_settings
@@ -20,6 +20,7 @@ from tests.services import ValkeyServer, valkey_server, wait_until
 from webapp.models import new_id
 from webapp.queue import ANSWER_SECONDS, CeleryQueue, make_celery
 from webapp.streams.lifecycle import TerminationReason
+from workers.consumer import Consumer
 from workers.events import LATER_SECONDS
 
 PUBLISHERS = 10
@@ -117,3 +118,23 @@ def test_the_events_of_tasks_are_sent_together_and_those_of_the_worker_at_once(
             second.extend_buffer(first)
             second.flush()
             assert hear_all(1) == [["task-succeeded"]]
+
+
+def test_a_connection_that_cannot_be_closed_does_not_end_a_worker(own_valkey: ValkeyServer, tmp_path: Path) -> None:
+    """It was lost with a task under way, while the worker waited for more, and for remote control."""
+    settings = make_settings("sqlite:///unused.db", own_valkey.url, tmp_path, celery_broker_url=own_valkey.url)
+    app = make_celery(settings, set_as_current=False)
+    connection, received = app.connection(), list[Message]()
+    connection.Producer().publish("a task", routing_key="tasks", declare=[Queue("tasks")])
+    connection.Consumer([Queue("tasks")], on_message=received.append).consume()
+    control = Queue("control", Exchange("control", "fanout"), auto_delete=True)
+    connection.Consumer([control], channel=connection.channel(), on_message=received.append).consume()
+    while not (received and connection.default_channel._in_poll):
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=0.1)
+    own_valkey.kill()
+
+    consumer = object.__new__(Consumer)
+    consumer.connection, consumer.app = connection, app
+    consumer.on_connection_error_after_connected(ConnectionError())
+    assert consumer.connection is None
