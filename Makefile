@@ -74,6 +74,10 @@ format: install ## Put the code into the one format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+.PHONY: vendor
+vendor: ## Copy the pages' libraries from npm, after a version in webapp/pages/vendor/package.json was changed
+	python3 webapp/pages/vendor/copy.py
+
 .PHONY: model
 model: install ## Check the model of the protocol; needs spin and a C compiler
 	@command -v spin >/dev/null || { echo "spin is not installed: get it from your system's packages" >&2; exit 1; }
