@@ -29,6 +29,7 @@ from bench import schedule
 from bench.audit import ANSWERS, LEFT, RECOVERY, Audit, Finding
 from bench.crowd import Crowd
 from bench.nemesis import RECOVERY_LIMIT_SECONDS, Nemesis
+from bench.progress import LINE
 from bench.report import Options, Outcome, figures, table
 from bench.rig import Rig, start
 from bench.stability import leftovers
@@ -120,6 +121,8 @@ async def _watch(crowd: Crowd, outcome: Outcome) -> None:
         if not crowd.ending and outcome.hits:
             outcome.at_once.append(active)
             outcome.cpu_percent.append(cpu_percent)
+        if not crowd.ending:
+            LINE.show(f"{len(outcome.hits)} faults in {outcome.options.minutes:g} min, {active} streams active")
         if second % 5 == 0:
             stops = sum(len(one.stops) for one in crowd.streams)
             _say(
@@ -173,6 +176,7 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="sluicegate-chaos-"))
     with system(directory, options) as rig:
         outcome = run(rig, options)
+    LINE.clear()
     print(table(outcome))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures(outcome), indent=1, ensure_ascii=False) + "\n")
@@ -195,7 +199,7 @@ def _print_plan(options: Options) -> None:
 
 
 def _say(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+    LINE.say(f"{time.strftime('%H:%M:%S')} {what}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from bench.progress import LINE, Steps
 from bench.rig import Rig, running
 from tests.functional.nodes import Client, Reader
 from tests.services import wait_until
@@ -68,7 +69,12 @@ def measure(streams: int, kills: int) -> dict[str, Any]:
     lease_seconds = float(Settings.model_fields["lease_seconds"].default)
     with running() as rig:
         client = rig.stack.client()
-        pauses = [pauses_after_a_kill(rig, client, streams, kill) for kill in range(kills)]
+        pauses = []
+        steps = Steps(kills, "kill ")
+        for kill in range(kills):
+            steps.begin(f"{streams} streams go on with another worker")
+            pauses.append(pauses_after_a_kill(rig, client, streams, kill))
+    LINE.clear()
     return {"streams": streams, "lease_seconds": lease_seconds, "pauses_seconds": pauses}
 
 

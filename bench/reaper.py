@@ -28,6 +28,7 @@ from sqlalchemy import select, update
 
 from bench.history import SOON, add_due, add_healthy, analyse, fill
 from bench.plans import PlanWatch, Walk
+from bench.progress import LINE, Steps
 from tests.integration.world import World, make_settings, make_world
 from tests.services import PostgresServer, ValkeyServer, postgres_server, stop_everything, valkey_server
 from webapp.models import StreamSession, User, now
@@ -70,6 +71,8 @@ def measure(database_url: str, valkey: ValkeyServer, ended: int, *, passes: int 
         AssertionError: a pass did not find what was due, and nothing else.
     """
     began = time.monotonic()
+    steps = Steps(passes + 2, f"beside {ended:,} ended sessions, ")
+    steps.begin("filling in")
     fill(database_url, ended)
     with _world(database_url, valkey) as world:
         world.database.write(lambda s: add_healthy(s, HEALTHY))
@@ -77,8 +80,10 @@ def measure(database_url: str, valkey: ValkeyServer, ended: int, *, passes: int 
         cost = Cost(world.database.engine.dialect.name, ended, time.monotonic() - began)
         _pass(world)  # which compiles the statements
         for _ in range(passes):
+            steps.begin("passes")
             cost.pass_seconds.append(_pass(world))
             cost.idle_seconds.append(_timed(world))
+        steps.begin("the plans")
         with PlanWatch(world.database.engine) as watch:
             _pass(world)
             cost.statements = watch.statements
@@ -192,6 +197,7 @@ def main() -> int:
             costs += pair
             ratio = pair[1].median_seconds / pair[0].median_seconds
             failed |= ratio > arguments.max_ratio or any(cost.walks for cost in pair[1:])
+            LINE.clear()
             print(f"{kind}: {pair[1].ended / FEW:,.0f} times the rows, {ratio:.2f} times the cost", file=sys.stderr)
             _explain(pair[1], everything=arguments.plans)
         stop_everything()

@@ -30,6 +30,7 @@ from sqlalchemy import Select, select
 
 from bench.history import Words, add_healthy, analyse, ended_session, fill, small_tables
 from bench.plans import PlanWatch, Walk
+from bench.progress import LINE, Steps
 from bench.reaper import empty_database, put_off
 from tests.integration.world import Worker, World, make_settings, make_world
 from tests.services import ValkeyServer, postgres_server, stop_everything, valkey_server
@@ -388,11 +389,14 @@ class Figure:
 
 def measure(few: Site, many: Site, repetitions: int = REPETITIONS) -> Iterator[Figure]:
     """Each call in turn, at the one site and at the other."""
+    kind = many.world.database.engine.dialect.name
+    steps = Steps(len(CALLS), f"{kind}, call ")
     for (call, user), preparing in CALLS.items():
+        steps.begin(f"{call}, {user}")
         watches = [watch(one, call, user) for one in (few, many)]
         seconds = [[seconds_of(one, user, preparing) for one in (few, many)] for _ in range(repetitions)]
         yield Figure(
-            many.world.database.engine.dialect.name,
+            kind,
             call,
             user,
             *map(statistics.median, zip(*seconds, strict=True)),
@@ -433,9 +437,11 @@ def main() -> int:
         postgres = postgres_server(directory / "postgres.log") if "postgresql" in kinds else None
         for kind in kinds:
             with ExitStack() as stack:
+                LINE.show(f"{kind}: filling in {size.sessions:,} sessions")
                 few, many = (stack.enter_context(site(kind, one, valkey, postgres, directory)) for one in (FEW, size))
                 figures += measure(few, many, arguments.repetitions)
         stop_everything()
+    LINE.clear()
     print(table(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in figures], indent=2) + "\n")

@@ -28,6 +28,7 @@ import psutil
 
 from bench import speed_parts as parts
 from bench import speed_report
+from bench.progress import LINE
 from bench.reading import crowd
 from bench.speed_report import DIRECT, NAIVE, OURS, PARTS, RESUMABLE
 from bench.speed_start import start_once
@@ -65,6 +66,8 @@ class Record:
 
     path: Path | None
     found: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+    """Which part is being measured, of how many, for the progress line."""
 
     def __post_init__(self) -> None:
         machine = {"cores": psutil.cpu_count(), "python": sys.version.split()[0]}
@@ -75,11 +78,11 @@ class Record:
         """Of a part, in one case, of a subject."""
         self.found["parts"].setdefault(part, {}).setdefault(case, {})[name] = figures
         self._save()
-        print(f"{self.found['seconds']:4.0f} s | {part}, {case} | {name} | {_rounded(figures)}", file=sys.stderr)
+        LINE.say(f"{self.found['seconds']:4.0f} s | {part}, {case} | {name} | {_rounded(figures)}")
 
     def fail(self, part: str, case: str, name: str, error: Exception) -> None:
         """It could not be measured; the rest is."""
-        traceback.print_exception(error)
+        LINE.say("".join(traceback.format_exception(error)).rstrip())
         self.found["failed"].append({"part": part, "case": case, "subject": name, "error": repr(error)})
         self._save()
 
@@ -107,16 +110,20 @@ class Run:
 
     async def measure(self, wanted: Sequence[str]) -> None:
         """Each part of each subject."""
+        LINE.show("warming up")
         await self._warm_up()
-        for part in PARTS:
-            if part in wanted and part != "start":
-                await getattr(self, part)()
+        parts_wanted = [part for part in PARTS if part in wanted and part != "start"]
+        for number, part in enumerate(parts_wanted, start=1):
+            self.record.place = f"part {number} of {len(parts_wanted)}: {part}"
+            LINE.show(self.record.place)
+            await getattr(self, part)()
 
     async def each(
         self, part: str, case: str, what: Callable[[Any], Awaitable[Any]], among: Sequence[Subject] | None = None
     ) -> None:
         """One after another, by default all; what fails is noted, and hinders no other."""
         for subject in self.subjects if among is None else among:
+            LINE.show(f"{self.record.place}, {case} | {subject.name}")
             try:
                 self.record.keep(part, case, subject.name, await what(subject))
             except Exception as error:
@@ -187,7 +194,10 @@ class Run:
 def measure_start(record: Record, times: int) -> None:
     """Before anything else runs."""
     try:
-        every = [start_once() for _ in range(times)]
+        every = []
+        for number in range(1, times + 1):
+            LINE.show(f"start {number} of {times}")
+            every.append(start_once())
     except Exception as error:
         record.fail("start", "", OURS, error)
         return
@@ -249,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wanted != ["start"]:
         with running([SUBJECTS[name] for name in options.subjects]) as (model_url, subjects):
             asyncio.run(Run(model_url, subjects, size, record).measure(wanted))
+    LINE.clear()
     return speed_report.tell(json.loads(json.dumps(record.found)))
 
 

@@ -28,6 +28,7 @@ import redis
 import sqlalchemy as sa
 from celery import Celery
 
+from bench.progress import LINE
 from bench.rig import Rig, running
 from tests.functional.nodes import Client, EventStream, Reader, Stack
 from tests.services import WaitTimeout, wait_until
@@ -398,6 +399,7 @@ def main() -> int:
     if arguments.sessions:
         with running(workers=arguments.workers, settings=settings) as rig:  # which has no room left from before
             _measure_load(rig, arguments, report)
+    LINE.clear()
     lines = report.lines()
     print(table(lines))
     if arguments.json:
@@ -422,7 +424,8 @@ def _measure_load(rig: Rig, arguments: argparse.Namespace, report: Report) -> No
 
 
 def _say(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+    LINE.say(f"{time.strftime('%H:%M:%S')} {what}")
+    LINE.show(what)
 
 
 def _arguments() -> argparse.Namespace:

@@ -21,6 +21,9 @@ from tests.upstream import UpstreamProcess
 
 __all__ = ["wait_until"]  # for tests to import from either place
 
+# So that what they assert is told in full; before anything imports them.
+pytest.register_assert_rewrite("tests.functional.browsing", "tests.functional.ending", "tests.functional.text")
+
 LOG_TAIL_CHARACTERS = 12_000
 
 

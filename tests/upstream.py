@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -39,6 +39,45 @@ MODELS = ("sluice-small:latest", "sluice-large:latest")
 VERSION = "0.12.6"
 # Combining marks, emoji joined by ZWJ, a flag, right-to-left text, an astral letter, a variation selector.
 MIXED = ("é", "e\u0301\u0323", "👩‍👩‍👧‍👦", "🇮🇸", "שָׁלוֹם", "مرحبا", "𝔘", "❤\ufe0f", "한글", "漢字", "n\u0303", "\u200b")
+# What a token is as a whole, over and over; `#n` stands for its number.
+WRITTEN: Mapping[str, Sequence[str]] = {
+    "markdown": (
+        "## Part t#n\n\n",
+        "Some words t#n, ",
+        "**bold t#n**, ",
+        "*leaning t#n* ",
+        "and `code t#n`, ",
+        "with a [link t#n](https://example.org/t#n).\n\n",
+        "- item t#n\n",
+        "- item t#n, and more of it\n",
+        "  1. below t#n\n\n",
+        "```python\n",
+        "def t#n(x: int) -> str:\n",
+        "    return f'{x} t#n'  # a comment\n",
+        "```\n\n",
+        "> quoted t#n\n\n",
+        "| name | number |\n|---|---:|\n",
+        "| row t#n | #n |\n",
+        "| row t#n | #n |\n\n",
+    ),
+    "hostile": (
+        "t#n <script>window.pwned = 1</script> ",
+        '<img src="x" onerror="window.pwned = 1"> ',
+        "[link t#n](javascript:window.pwned=1) ",
+        "[other](data:text/html,<script>window.pwned=1</script>) ",
+        "![picture](https://example.org/who-reads-this.png) ",
+        "<a href=\"javascript:window.pwned=1\" onclick='window.pwned=1'>a</a>\n\n",
+        "<svg/onload=window.pwned=1><iframe srcdoc='<script>parent.pwned=1</script>'></iframe>\n\n",
+        "<style>body { display: none }</style><form action='https://example.org'><button>b</button></form>\n\n",
+        "`</code><img src=x onerror=window.pwned=1>` ",
+        "turned \u202egnp.exe\u202c around, \u2066isolated ",
+        "[ref]: javascript:window.pwned=1\n\n[ref] ",
+        "<!-- a comment --> &lt;script&gt; &amp; <https://example.org/plain> <javascript:window.pwned=1>\n\n",
+        '```"><img src=x onerror=window.pwned=1>\nif (admin\u202e) { /* t#n */ }\n```\n\n',
+        "| <b>a</b> | b |\n|---|---|\n| <img src=x onerror=window.pwned=1> | c |\n\n",
+        "```js\nlet half = 'open t#n <script>window.pwned = 1</script>';\n",
+    ),
+}
 UNWANTED = re.compile("[\0\ud800-\udfff]")
 
 Fault = Literal["error", "reset", "close", "malformed", "bad_chunk", "endless_line", "flood"]
@@ -75,7 +114,7 @@ class Script:
     tokens: int = 20
     pace: float = 50.0  # tokens a second; 0: as fast as it goes
     thinking: int = 0  # tokens of thinking before the content, unless the request says think: false
-    alphabet: Literal["plain", "mixed"] = "plain"
+    alphabet: Literal["plain", "mixed", "markdown", "hostile"] = "plain"
     load_seconds: float = 0.0  # before even the headers, as while a model loads
     first_token_silence: float = 0.0  # seconds, after the headers
     silence_at: Mapping[int, float] = field(default_factory=dict)  # INDEX:SECONDS, several joined by "+"
@@ -124,6 +163,8 @@ class Script:
 
     def token(self, index: int) -> str:
         """The content token of this number, as the model says it."""
+        if written := WRITTEN.get(self.alphabet):
+            return written[index % len(written)].replace("#n", str(index))
         text = f"t{index}"
         if self.alphabet == "mixed":
             text += MIXED[index % len(MIXED)]
@@ -207,8 +248,9 @@ def _index_and_bytes(text: str) -> tuple[int, int]:
 
 
 def _alphabet(text: str) -> str:
-    if text not in ("plain", "mixed"):
-        raise ValueError("alphabet is plain or mixed")
+    known = ("plain", "mixed", *WRITTEN)
+    if text not in known:
+        raise ValueError(f"alphabet is one of {', '.join(known)}")
     return text
 
 

@@ -87,6 +87,18 @@ class Accounts:
 
         self._database.write(work)
 
+    def set_operator(self, name: str, operator: bool) -> None:
+        """Let a user see to what all users' streams do, or no longer.
+
+        Raises:
+            NotFound: there is no such user.
+        """
+
+        def work(s: Session) -> None:
+            _named(s, name).operator = operator
+
+        self._database.write(work)
+
     def rotate_token(self, name: str) -> str:
         """Replace the user's token, and let a disabled user in again; old tokens and cookies are refused.
 

@@ -24,6 +24,7 @@ from webapp.limits import Limits
 from webapp.logs import configure_logs
 from webapp.metrics import Exposition
 from webapp.models import now
+from webapp.operations import Operations
 from webapp.queue import CeleryQueue, Workers, make_celery, make_hurried_redis, make_redis
 from webapp.streams.hub import StreamHub
 from webapp.streams.log import TokenLog
@@ -61,6 +62,7 @@ class Services:
     limits: Limits
     calls: Calls
     metrics: Exposition
+    operations: Operations
 
 
 def create_app(settings: Settings) -> APIFlask:
@@ -100,7 +102,8 @@ def _wire(app: Flask, settings: Settings) -> Services:
     token_log = make_token_log(client, settings)
     celery = make_celery(settings, publisher=True, set_as_current=False)
     # What is only shown does without Redis rather than wait for it.
-    views_log = make_token_log(make_hurried_redis(settings), settings)
+    views_client = make_hurried_redis(settings)
+    views_log = make_token_log(views_client, settings)
     queries = SessionQueries(database, views_log)
     queue = CeleryQueue(celery)
     manager = StreamSessionManager(database, token_log, queue, settings, queries)
@@ -116,6 +119,7 @@ def _wire(app: Flask, settings: Settings) -> Services:
     hub.watched = lambda session_ids: manager.watched(session_ids, now() + _watched_for(settings))
     queries.count_viewers = hub.viewers
     conversations, upstream = Conversations(database), Upstream(settings)
+    metrics = Exposition(queries.population)
     limits = Limits(make_hurried_redis(settings), messages=settings.rate_limit, sign_ins=settings.sign_in_rate_limit)
     return Services(
         settings=settings,
@@ -135,7 +139,8 @@ def _wire(app: Flask, settings: Settings) -> Services:
         workers=Workers(client),
         limits=limits,
         calls=Calls(settings, conversations, manager, queries, upstream, limits),
-        metrics=Exposition(queries.population),
+        metrics=metrics,
+        operations=Operations(database, Workers(views_client), queries, manager, metrics, settings),
     )
 
 

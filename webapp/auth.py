@@ -16,7 +16,7 @@ from flask_wtf.csrf import CSRFError, CSRFProtect
 from webapp.accounts import Accounts
 from webapp.config import Settings
 from webapp.conversations import Conversations
-from webapp.errors import CSRFFailed, Forbidden, Unauthenticated
+from webapp.errors import CSRFFailed, Forbidden, OperatorsOnly, Unauthenticated
 from webapp.logs import bind
 from webapp.models import Role
 from webapp.views import ConversationView, UserView
@@ -72,6 +72,23 @@ def require_user() -> UserView:
     user: UserView = g.user
     bind(user_id=user.id)
     return user
+
+
+def require_operator() -> UserView:
+    """Who is asking, where that is an operator.
+
+    Raises:
+        OperatorsOnly: the user is none. Otherwise as `require_user`.
+    """
+    user = require_user()
+    permit_operator(user)
+    return user
+
+
+def permit_operator(user: UserView) -> None:
+    """Raises `OperatorsOnly` where a user may not see to what others do."""
+    if not user.operator:
+        raise OperatorsOnly(f"You are no operator: ask for `sluicegate users operator {user.name}`")
 
 
 def current_user() -> UserView | None:

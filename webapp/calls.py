@@ -93,9 +93,11 @@ class Calls:
         """Begin a conversation."""
         return self._conversations.create(auth.require_user().id, title or UNTITLED)
 
-    def conversations(self, limit: int, cursor: UUID | None) -> tuple[list[ConversationView], UUID | None]:
+    def conversations(
+        self, limit: int, cursor: UUID | None, search: str | None = None
+    ) -> tuple[list[ConversationView], UUID | None]:
         """A page of the user's conversations, newest first, and the cursor of the next."""
-        return self._conversations.list(auth.require_user().id, limit, cursor)
+        return self._conversations.list(auth.require_user().id, limit, cursor, search)
 
     def conversation(self, conversation_id: UUID) -> ConversationView:
         """One conversation."""
@@ -105,6 +107,11 @@ class Calls:
         """The conversation's ACTIVE sessions: none or one."""
         auth.require(conversation_id, Action.READ)
         return self._queries.active_in(conversation_id)
+
+    def last_message_id(self, conversation_id: UUID) -> UUID | None:
+        """The conversation's newest message."""
+        auth.require(conversation_id, Action.READ)
+        return self._conversations.last_message_id(conversation_id)
 
     def messages(self, conversation_id: UUID) -> Sequence[MessageView]:
         """All messages, oldest first; one still streaming shows what has been checkpointed."""

@@ -136,6 +136,10 @@ class Settings(BaseSettings):
     flower_port: int = Field(5555, ge=0, le=65535, description="port of Flower")
     flower_basic_auth: str = Field("", description="USER:PASSWORD for Flower; empty: made once by `sluicegate flower`")
 
+    flower_url: str = Field(
+        "", description="Flower's URL as operators reach it; empty: this host at Flower's port, where it can be reached"
+    )
+
     # Logs
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console at a terminal, else JSON")
@@ -178,6 +182,13 @@ class Settings(BaseSettings):
                 possible = False
             if not possible:
                 raise ValueError("must be a rate as 120/minute, or several as 10/second;120/minute, or empty: none")
+        return value
+
+    @field_validator("flower_url")
+    @classmethod
+    def _link(cls, value: str) -> str:
+        if value and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname):
+            raise ValueError("must be an http:// or https:// URL, or empty")
         return value
 
     @field_validator("ollama_base_url")
@@ -249,7 +260,7 @@ class Settings(BaseSettings):
         values = self.model_dump(mode="json")
         for name in ("secret_key", "flower_basic_auth"):
             values[name] = "***" if values[name] else ""
-        for name in ("database_url", "redis_url", "celery_broker_url", "ollama_base_url"):
+        for name in ("database_url", "redis_url", "celery_broker_url", "ollama_base_url", "flower_url"):
             values[name] = mask_url(values[name])
         values["database_url"] = mask_url(self.effective_database_url)
         return values

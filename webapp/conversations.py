@@ -35,13 +35,21 @@ class Conversations:
 
         return self._database.write(work)
 
-    def list(self, user_id: UUID, limit: int, before: UUID | None) -> tuple[list[ConversationView], UUID | None]:
-        """The user's conversations, newest first; and the id that `before` takes for the next page, if there is one."""
+    def list(
+        self, user_id: UUID, limit: int, before: UUID | None, search: str | None = None
+    ) -> tuple[list[ConversationView], UUID | None]:
+        """The user's conversations, newest first; and the id that `before` takes for the next page, if there is one.
+
+        `search`: only those that have it in the title or in a message, upper case or lower (on SQLite only of ASCII's
+        letters). It reads the user's messages one by one.
+        """
         # The page first, by the members' index: in a join PostgreSQL goes through everybody's conversations beside it.
         mine = select(Member.conversation_id, Member.role).where(Member.user_id == user_id)
         mine = mine.where(visible(Member.conversation_id))
         if before is not None:
             mine = mine.where(Member.conversation_id < before)
+        if search:
+            mine = mine.where(_mentions(search))
         page = mine.order_by(Member.conversation_id.desc()).limit(limit + 1).subquery()
         query = (
             select(Conversation, page.c.role)
@@ -66,6 +74,11 @@ class Conversations:
         if found is None:
             raise NotFound(f"There is no conversation {conversation_id} that you can see")
         return _view(found[0], found[1])
+
+    def last_message_id(self, conversation_id: UUID) -> UUID | None:
+        """The newest message, by which a reader sees whether there is anything new."""
+        query = select(Message.id).where(Message.conversation_id == conversation_id)
+        return self._database.read(lambda s: s.scalar(query.order_by(Message.id.desc()).limit(1)))
 
     def rename(self, conversation_id: UUID, title: str) -> None:
         """Give it another title."""
@@ -147,6 +160,15 @@ def visible(conversation_id: InstrumentedAttribute[UUID]) -> ColumnElement[bool]
     """
     found = select(Conversation.id).where(Conversation.id == conversation_id, Conversation.deleted_at.is_(None))
     return found.correlate(conversation_id.class_).scalar_subquery().is_not(None)
+
+
+def _mentions(text: str) -> ColumnElement[bool]:
+    """Whether a member's conversation has the text in its title or in one of its messages."""
+    titled = Conversation.title.icontains(text, autoescape=True)
+    said = Message.content.icontains(text, autoescape=True)
+    in_title = select(Conversation.id).where(Conversation.id == Member.conversation_id, titled)
+    in_message = select(Message.id).where(Message.conversation_id == Member.conversation_id, said)
+    return in_title.correlate(Member).exists() | in_message.correlate(Member).exists()
 
 
 def _view(conversation: Conversation, role: str) -> ConversationView:

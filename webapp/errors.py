@@ -46,6 +46,10 @@ class Forbidden(SluicegateError):
     code, status, title = "forbidden", 403, "Your role in this conversation does not permit this"
 
 
+class OperatorsOnly(Forbidden):
+    title = "This is for operators"
+
+
 class CSRFFailed(Forbidden):
     code, title = "csrf_failed", "The CSRF token is missing or wrong"
 

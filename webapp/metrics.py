@@ -226,6 +226,18 @@ def running() -> Iterator[None]:
 # -- telling -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Some of the figures of this host, as they stand."""
+
+    chunks: int
+    characters: int
+    readers: int
+    first_token_upper_bounds_seconds: tuple[float, ...]
+    first_token_counts: tuple[int, ...]
+    """One for each bound, of what is above the bound before it; one more for what is above all of them."""
+
+
 class Exposition:
     """What `/metrics` tells: the figures of this host, and how many streams there are in the database."""
 
@@ -243,6 +255,29 @@ class Exposition:
         """
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
+
+    def read(self) -> Reading:
+        """What the operations page shows of the figures; the database is not asked.
+
+        Raises:
+            Unavailable: as for `render`.
+        """
+        samples = [sample for family in _Figures().collect() for sample in family.samples]
+        total = {sample.name: int(sample.value) for sample in samples if not sample.labels}
+        at_most = sorted(
+            (float(sample.labels["le"]), int(sample.value))
+            for sample in samples
+            if sample.name == "sluicegate_first_token_seconds_bucket"
+        )
+        return Reading(
+            chunks=total.get("sluicegate_streamed_chunks_total", 0),
+            characters=total.get("sluicegate_streamed_characters_total", 0),
+            readers=total.get("sluicegate_readers", 0),
+            first_token_upper_bounds_seconds=tuple(bound for bound, _ in at_most[:-1]),
+            first_token_counts=tuple(
+                count - before for (_, count), (_, before) in zip(at_most, [(0.0, 0), *at_most], strict=False)
+            ),
+        )
 
     def serve(self, host: str, port: int) -> None:
         """Serve the same at a port of its own, from a thread. One that is taken is tried again: where several

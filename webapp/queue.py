@@ -193,6 +193,11 @@ class Workers:
         names: Any = self._redis.zrangebyscore(WORKERS_KEY, time.time() - WORKER_FRESH_SECONDS, "+inf")
         return [name.decode() for name in names]
 
+    def silent_seconds(self) -> dict[str, float]:
+        """Of those heard of within a minute: how long ago that was, by name."""
+        found: Any = self._redis.zrangebyscore(WORKERS_KEY, time.time() - WORKER_TTL_SECONDS, "+inf", withscores=True)
+        return {name.decode(): max(0.0, time.time() - at) for name, at in found}
+
     def require_one(self) -> None:
         """Raises `Unavailable` where no worker is alive."""
         if not self.alive():

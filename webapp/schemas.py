@@ -7,7 +7,16 @@ from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from flask import request
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, StrictBool
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StrictBool,
+    field_validator,
+)
 from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema
 from werkzeug.exceptions import BadRequest
@@ -16,6 +25,9 @@ from webapp.calls import SendRequest
 from webapp.errors import NotJSON, UnsupportedMediaType
 from webapp.models import OnDisconnect, Role
 
+FOLLOWED_LIMIT: Final = 32
+_STREAM: Final = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(:[0-9]{1,15}-[0-9]{1,10})?"
+_FOLLOWED: Final = f"^{_STREAM}(,{_STREAM})*$"
 DEPTH_LIMIT: Final = 32
 """Of the upstream's options, which are two deep."""
 
@@ -139,15 +151,54 @@ class TerminateBody(Body):
     conversation_id: UUID | None = None
 
 
+class OperatorStop(Body):
+    session_id: UUID
+
+
+class HistoryWindow(BaseModel):
+    """The query of a history."""
+
+    model_config = ConfigDict(extra="ignore")
+    minutes: int = Field(60, ge=1, le=1440, description="how far back it goes")
+
+
 class ConversationPage(BaseModel):
     """The query of a paged list."""
 
     model_config = ConfigDict(extra="ignore")
     limit: int = Field(50, ge=1, le=200)
     cursor: UUID | None = Field(None, description="`nextCursor` of the page before")
+    search: Annotated[str, BeforeValidator(_storable), Field(max_length=200)] | None = Field(
+        None, description="only those with this in the title or in a message, upper case or lower"
+    )
 
 
 class StreamFilter(BaseModel):
     model_config = ConfigDict(extra="ignore")
     status: Literal["ACTIVE"] | None = None
     limit: int = Field(100, ge=1, le=500)
+
+
+class FollowedStreams(BaseModel):
+    """The query of a connection that several streams share."""
+
+    model_config = ConfigDict(extra="ignore")
+    streams: str = Field(
+        pattern=_FOLLOWED,
+        max_length=FOLLOWED_LIMIT * 64,
+        description=f"up to {FOLLOWED_LIMIT} streams: `ID`, or `ID:POSITION` to go on from there, joined by commas",
+    )
+
+    @field_validator("streams")
+    @classmethod
+    def _few(cls, value: str) -> str:
+        if value.count(",") >= FOLLOWED_LIMIT:
+            raise ValueError(f"must name at most {FOLLOWED_LIMIT} streams")
+        if len({one.partition(":")[0].lower() for one in value.split(",")}) <= value.count(","):
+            raise ValueError("must name each stream once")
+        return value
+
+    def positions(self) -> dict[UUID, str | None]:
+        """Each session's id, with the position to go on from; None: from the start."""
+        pairs = (one.partition(":") for one in self.streams.split(","))
+        return {UUID(identity): position or None for identity, _, position in pairs}

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page
 from pytest_celery import CeleryBrokerCluster, CeleryWorkerCluster
 
+from tests.functional.browsing import ChatPage, chromium, quiet_context
 from tests.functional.nodes import Client, Stack
 from tests.services import PostgresServer, ValkeyServer, valkey_server
 from tests.upstream import UpstreamProcess
-
-# So that what they assert is told in full.
-pytest.register_assert_rewrite("tests.functional.ending", "tests.functional.text")
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +169,25 @@ def celery_broker_cluster(stack: Stack) -> CeleryBrokerCluster:
 def celery_worker_cluster(stack: Stack) -> CeleryWorkerCluster:
     """The system's workers, which live and are healed with it."""
     return CeleryWorkerCluster(*stack.workers)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of a browser without a past, which complains of nothing."""
+    with quiet_context(browser) as context:
+        yield context.new_page()
+
+
+@pytest.fixture
+def chat(stack: Stack, page: Page) -> ChatPage:
+    """The chat page, signed in as `tester`, whose API `client` is."""
+    chat = ChatPage(page, stack.url())
+    chat.sign_in(stack.user("tester"))
+    return chat

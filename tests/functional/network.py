@@ -18,6 +18,8 @@ _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 class Network:
     """Forwards TCP connections to a port of this host.
 
+    While it is `cut` it takes no connection, and has reset those there were.
+
     While it is `silent` it takes connections and bytes and carries none of them; when it no longer is, whoever
     was connected is sent a reset. Nothing that was said in the silence arrives.
     """
@@ -28,8 +30,11 @@ class Network:
         self._silent = threading.Event()
         self._speaks = threading.Event()
         self._speaks.set()
+        self._listen()
+
+    def _listen(self) -> None:
         self._listener = socket.create_server((HOST, self.port), backlog=512)
-        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -41,15 +46,26 @@ class Network:
         self._speaks.clear()
         self._silent.set()
 
+    def cut(self) -> None:
+        """Reset what is connected, and take nothing new."""
+        self._listener.close()
+        self._silent.set()
+        self._speaks.set()
+
+    def mend(self) -> None:
+        """Take and carry what is new, after a cut."""
+        self._silent.clear()
+        self._listen()
+
     def speak(self) -> None:
         """Reset what was connected, and carry what is new."""
         self._silent.clear()
         self._speaks.set()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # it was closed
             while True:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:

@@ -1,123 +1,25 @@
-"""The chat page in a real browser, over the whole system."""
+"""The chat page in a real browser, over the whole system: signing in, sending, stopping, going on, keeping order."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Mapping
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from tests.functional.browsing import PHONE, ChatPage, quiet_context, text_of
 from tests.functional.nodes import NO_PROXIES, Client, Stack
-from tests.services import HOST, LocalProcess, free_port, wait_until
 from tests.upstream import UpstreamProcess, expected_text
 
 # Far longer than a test: it ends when it is stopped.
 ENDLESS = "pace=40,tokens=2000"
-WAIT_MILLISECONDS = 15_000
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-HOSTILE = """<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1"><b>bold</b> &amp; ${pwned}"""
 
 
 @pytest.fixture(scope="module")
 def stack_settings() -> Mapping[str, str]:
     return {"SLUICEGATE_DEFAULT_MODEL": ENDLESS}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """The machine's Chromium, or the one that Playwright has installed."""
-    expect.set_options(timeout=WAIT_MILLISECONDS)
-    installed = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    with sync_playwright() as playwright:
-        if not installed and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("there is no Chromium: install it, or run `playwright install chromium`")
-        # In a container there is often no sandbox to be had, and only our own page is opened.
-        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class ChatPage:
-    """The page as a person sees it: by what things are called."""
-
-    def __init__(self, page: Page, stack: Stack) -> None:
-        self.page = page
-        self.base_url = stack.url()
-        self.box = page.get_by_role("textbox", name="Message")
-        self.send = page.get_by_role("button", name="Send")
-        self.stop = page.get_by_role("button", name=re.compile("Stop"))
-        self.answer = page.locator('[data-role="assistant"]').last
-        self.content = self.answer.locator(".content")
-        self.thinking = self.answer.locator(".thinking")
-        self.note = self.answer.locator(".note")
-        self.status = page.get_by_role("status")
-
-    def sign_in(self, token: str) -> None:
-        self.page.goto(f"{self.base_url}/sign-in?token={token}")
-        expect(self.box).to_be_visible()
-
-    def open(self, conversation_id: str) -> None:
-        self.page.goto(f"{self.base_url}/c/{conversation_id}")
-
-    def ask(self, question: str) -> None:
-        self.box.fill(question)
-        self.box.press("Enter")
-
-    def await_token(self, index: int) -> None:
-        """Wait until the scripted upstream's token of this number is on the page."""
-        expect(self.content).to_contain_text(f"t{index} ")
-
-    def expect_ended(self, note: str | re.Pattern[str]) -> None:
-        expect(self.note).to_have_text(note)
-        expect(self.send).to_be_visible()
-        expect(self.stop).to_be_hidden()
-
-    def expect_complete(self) -> None:
-        expect(self.answer).to_have_attribute("data-state", "completed")
-        expect(self.note).to_be_hidden()
-        expect(self.send).to_be_visible()
-
-    @property
-    def conversation_id(self) -> str:
-        return urlsplit(self.page.url).path.removeprefix("/c/")
-
-
-def text_of(element: Locator) -> str:
-    """The text to the character; what Playwright compares has its white space put in order."""
-    return element.evaluate("element => element.textContent")
-
-
-def last_message(client: Client, chat: ChatPage) -> dict[str, Any]:
-    return client.messages(chat.conversation_id)[-1]
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page without a past, whose scripts raise nothing and are refused nothing."""
-    context = browser.new_context(viewport={"width": 1200, "height": 700})
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda line: complaints.append(line.text) if "Content Security" in line.text else None)
-    yield page
-    context.close()
-    assert complaints == []
-
-
-@pytest.fixture
-def chat(stack: Stack, page: Page) -> ChatPage:
-    """The page, signed in as `tester`, whose API `client` is."""
-    chat = ChatPage(page, stack)
-    chat.sign_in(stack.user("tester"))
-    return chat
 
 
 # Signing in
@@ -129,7 +31,7 @@ def test_the_printed_link_signs_in_once(stack: Stack, browser: Browser, page: Pa
     link = f"{stack.url()}/sign-in?token={token}"
     assert requests.get(link, timeout=10, proxies=NO_PROXIES).ok  # as a preview of the link would
 
-    ChatPage(page, stack).sign_in(token)
+    ChatPage(page, stack.url()).sign_in(token)
     assert token not in page.url
 
     with browser.new_context() as other:
@@ -193,17 +95,15 @@ def test_send_watch_and_stop(way: str, chat: ChatPage, client: Client, upstream:
         chat.page.keyboard.press("Escape")
     chat.expect_ended("Stopped")
 
-    message = last_message(client, chat)
-    assert (message["status"], message["reason"]) == ("TERMINATED", "user")
-    assert text_of(chat.content) == message["content"]
-    assert expected_text(ENDLESS).content.startswith(message["content"])
     expect(chat.status).to_have_text("Stopped")
     expect(chat.box).to_be_focused()
     upstream.wait_until(lambda records: records[-1].outcome == "disconnected")
 
-    chat.page.reload()
-    chat.expect_ended("Stopped")
+    message = chat.expect_saved(client)
+    assert (message["status"], message["reason"]) == ("TERMINATED", "user")
     assert text_of(chat.content) == message["content"]
+    assert expected_text(ENDLESS).content.startswith(message["content"])
+    chat.expect_ended("Stopped")
 
 
 def test_stop_answers_in_the_same_frame(chat: ChatPage) -> None:
@@ -244,7 +144,7 @@ def test_shift_and_enter_begin_a_new_line(chat: ChatPage, client: Client) -> Non
     chat.box.press("Enter")
     chat.await_token(1)
     assert client.messages(chat.conversation_id)[0]["content"] == "one\ntwo"
-    assert text_of(chat.page.locator('[data-role="user"] .content')) == "one\ntwo"
+    assert text_of(chat.question.locator(".content")) == "one\ntwo"
 
 
 def test_an_answer_is_shown_as_it_is_saved(chat: ChatPage, client: Client) -> None:
@@ -254,9 +154,8 @@ def test_an_answer_is_shown_as_it_is_saved(chat: ChatPage, client: Client) -> No
     chat.expect_complete()
     expect(chat.answer).to_contain_text(model)
 
-    message = last_message(client, chat)
     assert (text_of(chat.thinking.locator(".text")), text_of(chat.content)) == expected_text(model)
-    assert text_of(chat.content) == message["content"]
+    chat.expect_saved(client)
     expect(chat.thinking.locator(".text")).to_be_hidden()
     chat.thinking.locator("summary").click()
     expect(chat.thinking.locator(".text")).to_be_visible()
@@ -266,126 +165,144 @@ def test_a_failed_answer_says_so(chat: ChatPage, client: Client) -> None:
     session = client.post_message("Fail", model="pace=100,tokens=20,error_at=5")
     chat.open(session["conversationId"])
     chat.expect_ended(re.compile("^Failed: the model’s server reported an error"))
-    assert text_of(chat.content) == last_message(client, chat)["content"]
+    chat.expect_saved(client)
 
 
-# Coming and going
+# Going on, and trying again
 
 
-def test_reload_in_the_middle_goes_on(chat: ChatPage, client: Client) -> None:
+def test_a_stopped_answer_goes_on_and_is_given_anew(chat: ChatPage, client: Client) -> None:
     chat.ask("Tell me about sluices")
-    chat.await_token(20)
-    chat.page.reload()
+    chat.await_token(8)
+    chat.page.keyboard.press("Escape")
+    chat.expect_ended("Stopped")
+    stopped_at = text_of(chat.content)
+
+    chat.action("Continue").click()
     expect(chat.stop).to_be_visible()
-    chat.await_token(60)
-    chat.stop.click()
-    chat.expect_ended("Stopped")
-    assert text_of(chat.content) == last_message(client, chat)["content"]
-
-
-def test_going_elsewhere_and_back(chat: ChatPage, client: Client) -> None:
-    chat.ask("Tell me about sluices")
-    chat.await_token(5)
-    conversation_id = chat.conversation_id
-    chat.page.get_by_role("link", name="New conversation").click()
-    expect(chat.send).to_be_visible()
-    chat.page.get_by_role("link", name="Tell me about sluices").first.click()
     chat.await_token(30)
-    assert chat.conversation_id == conversation_id
+    assert text_of(chat.content).startswith(stopped_at)
     chat.stop.click()
     chat.expect_ended("Stopped")
-    assert text_of(chat.content) == last_message(client, chat)["content"]
+    assert expected_text(ENDLESS).content.startswith(chat.expect_saved(client)["content"])
+    first = text_of(chat.content)
 
-
-def test_a_second_page_sees_the_stop(stack: Stack, chat: ChatPage) -> None:
-    chat.ask("Tell me about sluices")
-    chat.await_token(5)
-    second = ChatPage(chat.page.context.new_page(), stack)
-    second.open(chat.conversation_id)
-    second.await_token(10)
-    chat.stop.click()
-    second.expect_ended("Stopped")
+    chat.action("Retry").click()
+    expect(chat.answers).to_have_count(2)
+    chat.await_token(3)
+    chat.page.keyboard.press("Escape")
     chat.expect_ended("Stopped")
-    assert text_of(chat.content) == text_of(second.content)
+    assert len(chat.expect_saved(client)["content"]) < len(first)
+    earlier = chat.answers.first
+    expect(earlier.locator(".content")).to_be_hidden()
+    expect(chat.action("Retry", earlier)).to_be_hidden()
+    chat.action("Show the earlier answer", earlier).click()
+    assert text_of(earlier.locator(".content")) == first
 
 
-def test_a_restarted_web_process_is_reconnected_to(stack: Stack, chat: ChatPage, client: Client) -> None:
-    chat.ask("Tell me about sluices")
-    chat.await_token(5)
-    stack.web.stop()
-    expect(chat.note).to_have_text("Reconnecting…")
-    seen = text_of(chat.content)
-    stack.web.restart()
-    expect(chat.note).to_be_hidden()
-    wait_until(lambda: len(text_of(chat.content)) > len(seen) + 100, what="the answer goes on")
-    chat.stop.click()
-    chat.expect_ended("Stopped")
-    assert text_of(chat.content) == last_message(client, chat)["content"]
-
-
-def test_a_reader_who_scrolls_up_is_left_alone(chat: ChatPage, client: Client) -> None:
-    session = client.post_message("Much", model="tokens=5000,pace=300")
+def test_a_failed_answer_is_tried_again(chat: ChatPage, client: Client) -> None:
+    session = client.post_message("Fail", model="pace=100,tokens=20,error_at=5")
     chat.open(session["conversationId"])
-    box = chat.page.get_by_role("region", name="Messages")
-    chat.await_token(1500)
-    assert box.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop") < 2
-
-    box.hover()
-    chat.page.mouse.wheel(0, -120)
-    latest = chat.page.get_by_role("button", name="Latest")
-    expect(latest).to_be_visible()
-    top = box.evaluate("box => box.scrollTop")
-    chat.await_token(2200)
-    assert box.evaluate("box => box.scrollTop") == top
-
-    latest.click()
-    expect(latest).to_be_hidden()
-    chat.stop.click()
-    chat.expect_ended("Stopped")
-
-
-# Text is text
-
-
-@pytest.fixture
-def echo(stack: Stack, tmp_path: Path) -> Iterator[None]:
-    """A worker over the demo model, which repeats a piece of the question, in place of the scripted upstream."""
-    port = free_port()
-    command = [sys.executable, "-m", "webapp.embedded.demo_model", "--port", str(port), "--tokens-per-second", "500"]
-    model = LocalProcess("demo", command, log_path=tmp_path / "demo.log", ready_prompt="listens on")
-    model.start()
-    model.await_ready()
-    stack.worker.container.stop()
-    stack.start_worker(settings={"OLLAMA_BASE_URL": f"http://{HOST}:{port}"})
-    yield
-    model.stop()
-
-
-@pytest.mark.usefixtures("echo")
-def test_hostile_output_is_shown_as_text(chat: ChatPage, client: Client) -> None:
-    session = client.post_message(HOSTILE, model="demo")
-    chat.open(session["conversationId"])
+    chat.expect_ended(re.compile("^Failed: the model’s server reported an error"))
+    chat.action("Continue").click()
     chat.expect_complete()
-    expect(chat.content).to_contain_text(HOSTILE)
-    assert text_of(chat.content) == last_message(client, chat)["content"]
-    assert text_of(chat.page.locator('[data-role="user"] .content')) == HOSTILE
-    assert chat.page.locator("#messages script, #messages img, #messages b, nav b").count() == 0
-    assert chat.page.evaluate("window.pwned") is None
-    expect(chat.answer).to_contain_text("demo (no language model)")
+    assert chat.expect_saved(client)["content"] == expected_text("tokens=20").content
+    expect(chat.action("Continue")).to_be_hidden()
+
+
+def test_a_time_out_is_named(chat: ChatPage, client: Client) -> None:
+    body = {"content": "Fall silent", "model": "tokens=20,silence_at=5:60", "timeouts": {"idleSeconds": 0.5}}
+    session = client.call("POST", "/api/stream-message", body, headers={"Accept": "application/json"})
+    chat.open(session["conversationId"])
+    chat.expect_ended("Timed out: the model fell silent")
+    expect(chat.action("Continue")).to_be_visible()
+    chat.expect_saved(client)
 
 
 # The frame
 
 
-def test_a_narrow_page_folds_the_list_away(chat: ChatPage) -> None:
-    chat.page.set_viewport_size({"width": 390, "height": 844})
-    sidebar = chat.page.get_by_role("navigation", name="Conversations")
-    expect(sidebar).to_be_hidden()
-    chat.page.get_by_role("button", name="Conversations").click()
-    expect(sidebar).to_be_visible()
-    chat.page.get_by_role("link", name="New conversation").click()
-    expect(sidebar).to_be_hidden()
-    assert chat.page.evaluate("document.documentElement.scrollWidth") <= 390
+def test_a_narrow_page_folds_the_list_away(browser: Browser, stack: Stack) -> None:
+    with quiet_context(browser, viewport=PHONE, has_touch=True, is_mobile=True) as context:
+        chat = ChatPage(context.new_page(), stack.url())
+        chat.sign_in(stack.user("tester"))
+        sidebar = chat.page.get_by_role("navigation", name="Conversations")
+        expect(sidebar).to_be_hidden()
+        chat.page.get_by_role("button", name="Conversations").tap()
+        expect(sidebar).to_be_visible()
+        chat.expect_accessible()
+        chat.page.get_by_role("link", name="New conversation").tap()
+        expect(sidebar).to_be_hidden()
+        chat.expect_no_sideways_scroll()
+
+        chat.box.fill("On a phone")
+        chat.send.tap()
+        chat.await_token(3)
+        chat.stop.tap()
+        chat.expect_ended("Stopped")
+        chat.expect_no_sideways_scroll()
+        expect(chat.action("Continue")).to_be_in_viewport()
+
+
+def test_the_keyboard_alone(chat: ChatPage) -> None:
+    """From the top of the page: past the list, ask, stop, go on, and copy."""
+    for _ in range(30):
+        chat.page.keyboard.press("Shift+Tab")
+        if chat.page.evaluate("document.activeElement.className") == "skip":
+            break
+    expect(chat.page.get_by_role("link", name="Skip to the message box")).to_be_in_viewport()
+    chat.page.keyboard.press("Enter")
+    expect(chat.box).to_be_focused()
+    chat.page.keyboard.type("By keys")
+    chat.page.keyboard.press("Enter")
+    chat.await_token(3)
+    chat.page.keyboard.press("Escape")
+    chat.expect_ended("Stopped")
+    chat.action("Continue").focus()
+    chat.page.keyboard.press("Enter")
+    expect(chat.stop).to_be_visible()
+    chat.page.keyboard.press("Escape")
+    chat.expect_ended("Stopped")
+    expect(chat.box).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_accessible(browser: Browser, stack: Stack, scheme: str) -> None:
+    """axe-core has no serious finding: empty, while an answer is written, and after, in both colour schemes."""
+    with quiet_context(browser, color_scheme=scheme) as context:
+        chat = ChatPage(context.new_page(), stack.url())
+        chat.sign_in(stack.user("tester"))
+        expect(chat.page.get_by_role("heading", name="What would you like to ask?")).to_be_visible()
+        chat.expect_accessible()
+        session = stack.client().post_message("Everything", model="alphabet=markdown,tokens=2000,pace=60,thinking=3")
+        chat.open(session["conversationId"])
+        expect(chat.content.locator("table").nth(1)).to_be_visible()
+        chat.expect_accessible()
+        chat.page.keyboard.press("Escape")
+        chat.expect_ended("Stopped")
+        chat.page.get_by_role("button", name="Members").click()
+        chat.expect_accessible()
+
+
+def test_colours_can_be_chosen_and_stay(chat: ChatPage) -> None:
+    def background() -> str:
+        found: str = chat.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return found
+
+    light = background()
+    chat.page.get_by_label("Colours").select_option("Dark")
+    dark = background()
+    assert dark != light
+    chat.page.reload()
+    expect(chat.box).to_be_visible()
+    assert background() == dark
+    chat.page.get_by_label("Colours").select_option("As the system")
+    assert background() == light
+    chat.page.reload()
+    assert background() == light
+
+
+# Keeping order
 
 
 def test_rename_and_delete(chat: ChatPage, client: Client) -> None:
@@ -402,3 +319,68 @@ def test_rename_and_delete(chat: ChatPage, client: Client) -> None:
     chat.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(chat.page.get_by_role("link", name="Kept in mind")).to_be_hidden()
     assert client.request("GET", f"/api/conversations/{session['conversationId']}").status_code == 404
+
+
+def test_search_finds_titles_and_words(chat: ChatPage, client: Client) -> None:
+    titled = client.post_message("Weirs of the north", model="tokens=1")
+    said = client.post_message("Something else", model="tokens=1,pace=0")
+    client.follow(said["sessionId"]).wait_until_done()
+    client.post_message("and a culvert, 100% of it", conversation_id=said["conversationId"], model="tokens=1")
+    chat.page.reload()
+    links = chat.page.locator("#conversations a")
+    search = chat.page.get_by_role("searchbox", name="Search conversations")
+    for words, found in (("WEIRS", titled), ("culvert, 100% o", said)):
+        search.fill(words)
+        expect(links).to_have_count(1)
+        expect(links).to_have_attribute("href", f"/c/{found['conversationId']}")
+    search.fill("100_")
+    expect(chat.page.get_by_text("Nothing has these words in it.")).to_be_visible()
+    search.press("Escape")
+    expect(search).to_have_value("")
+    expect(links.nth(1)).to_be_visible()
+
+
+def test_members_are_added_changed_and_removed(stack: Stack, chat: ChatPage, client: Client) -> None:
+    stack.user("somebody")
+    session = client.post_message("Together", model="tokens=1")
+    path = f"/api/conversations/{session['conversationId']}/members"
+    chat.open(session["conversationId"])
+    chat.page.get_by_role("button", name="Members").click()
+    dialog = chat.page.get_by_role("dialog", name="Members")
+    dialog.get_by_label("Name").fill("nobody-known")
+    dialog.get_by_role("button", name="Add").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("nobody-known")
+    dialog.get_by_label("Name").fill("somebody")
+    dialog.get_by_role("button", name="Add").click()
+    role = dialog.get_by_label("Role of somebody")
+    expect(role).to_have_value("editor")
+    role.select_option("viewer")
+    expect(dialog.get_by_role("alert")).to_be_hidden()
+    expect(role).to_have_value("viewer")
+    assert {one["name"]: one["role"] for one in client.call("GET", path)["items"]} == {
+        "somebody": "viewer",
+        "tester": "owner",
+    }
+    dialog.get_by_role("button", name="Remove somebody").click()
+    expect(role).to_be_hidden()
+    assert [one["name"] for one in client.call("GET", path)["items"]] == ["tester"]
+
+
+def test_a_viewer_reads_along_and_may_not_stop(stack: Stack, browser: Browser, client: Client) -> None:
+    session = client.post_message("Watch me", model=ENDLESS)
+    stack.user("watcher")
+    path = f"/api/conversations/{session['conversationId']}/members/watcher"
+    client.call("PUT", path, {"role": "viewer"})
+    with quiet_context(browser) as context:
+        chat = ChatPage(context.new_page(), stack.url())
+        chat.sign_in(stack.user("watcher"))
+        chat.open(session["conversationId"])
+        chat.await_token(5)
+        chat.page.keyboard.press("Escape")
+        expect(chat.page.get_by_role("alert")).to_contain_text("As viewer")
+        receipt = client.terminate(session["sessionId"])
+        expect(chat.note).to_have_text("Stopped")
+        assert text_of(chat.content) == receipt["partialResponse"]
+        expect(chat.page.get_by_text("You can read this conversation")).to_be_visible()
+        expect(chat.action("Continue")).to_be_hidden()
+        expect(chat.action("Copy")).to_be_visible()

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import requests
 
+from tests.terminal import CTRL_C, Terminal, without_colours
 from webapp.config import Settings
 from webapp.embedded.runtime import free_port, read_environment
 
@@ -30,21 +31,20 @@ READY = re.compile(r"Sluicegate is ready: (?P<url>http\S+/sign-in\?token=(?P<tok
 class Up:
     """One `sluicegate up` with a data directory of its own."""
 
-    def __init__(self, directory: Path, port: int) -> None:
+    def __init__(self, directory: Path, port: int, *, at_a_terminal: bool = False) -> None:
         self.directory = directory
         self.port = port
         self.base = f"http://127.0.0.1:{port}"
         ours = {Settings.variable_of(name) for name in Settings.model_fields}
-        self.environment = {name: value for name, value in os.environ.items() if name not in ours}
+        self.environment = without_colours({name: value for name, value in os.environ.items() if name not in ours})
         self.output, self.errors = directory / "stdout", directory / "stderr"
+        command = [PROGRAM, "up", "--port", str(port), "--data-dir", str(directory / "data")]
+        if at_a_terminal:
+            self.terminal = Terminal(command, self.environment, directory=directory, columns=200)
+            self.process = self.terminal.process
+            return
         with self.output.open("w") as output, self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [PROGRAM, "up", "--port", str(port), "--data-dir", str(directory / "data")],
-                cwd=directory,
-                env=self.environment,
-                stdout=output,
-                stderr=errors,
-            )
+            self.process = subprocess.Popen(command, cwd=directory, env=self.environment, stdout=output, stderr=errors)
 
     def await_ready(self) -> re.Match[str]:
         """The last line, once there is one that says ready."""
@@ -141,6 +141,11 @@ def _what_dies_is_started_again(up: Up) -> None:
         os.kill(before[name], signal.SIGKILL)
     wait_until(lambda: all(up.children()[name] != before[name] for name in ("worker", "valkey", "web")), 20)
     wait_until(lambda: _ready(up), 60)
+    wait_until(lambda: "worker runs again\n" in up.errors.read_text(), 20)
+    said = up.errors.read_text()
+    log = up.directory / "data" / "log" / "worker.log"
+    assert said.count(f"worker ended (terminated by SIGKILL): starting it again; see {log}\n") == 1
+    assert "\x1b" not in said + up.output.read_text()
 
 
 def _ready(up: Up) -> bool:
@@ -170,11 +175,28 @@ def test_after_a_kill_nothing_is_left_and_it_starts_again(up: Up, tmp_path: Path
     up.await_ready()
     up.process.kill()
     up.process.wait()
-    again = Up(tmp_path, up.port)
-    try:
-        again.await_ready()
+    again = Up(tmp_path, up.port, at_a_terminal=True)
+    with again.terminal:
+        again.terminal.wait_for("one-time sign-in token of owner: ", START_SECONDS)
         assert len([command for command in again.processes() if "demo_model" in command]) == 1
-        assert again.end() < STOP_SECONDS
-    finally:
-        again.process.kill()
+        began = time.monotonic()
+        again.terminal.type(CTRL_C)
+        assert again.terminal.end() == 0
+        assert time.monotonic() - began < STOP_SECONDS
     assert again.processes() == []
+    _it_was_told_well(again.terminal.said)
+
+
+def _it_was_told_well(said: str) -> None:
+    """At a terminal: in colours, with what is waited for on a line that is written over."""
+    assert "Waiting for web (0 s)" in said
+    lines = [line.rpartition("\x1b[K")[2] for line in said.strip().split("\n")]
+    labels = [found[1] for line in lines if (found := re.match(r"\x1b\[1m(\w+):\x1b\[0m +\S", line))]
+    assert labels == ["Data", "Redis", "Model", "Database", "Starting", "Logs", "Started", "Page", "API", "Flower"]
+    ready, *rest = lines[-3:]
+    assert ready.startswith("\x1b[32m\x1b[1mSluicegate is ready:\x1b[0m http")
+    assert re.search(r": [\w.-]{20,}$", ready)
+    assert rest[0] == "Stopping"
+    stopped = re.fullmatch(r"Stopped after (\d\.\d) s", rest[1])
+    assert stopped
+    assert float(stopped[1]) > 0

@@ -50,7 +50,7 @@ class TestTheDocument:
         published = {
             (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
             for rule in app.url_map.iter_rules()
-            if rule.endpoint.split(".")[0] in ("conversations", "streams", "system")
+            if rule.endpoint.split(".")[0] in ("conversations", "streams", "operations", "system")
             for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         }
         assert {(method, path) for method, path, _ in operations(document)} == published

@@ -24,6 +24,7 @@ from webapp.calls import Calls
 from webapp.config import Settings
 from webapp.database import Database
 from webapp.models import Member, Message, Role, StreamSession, User, db, now
+from webapp.operations import Operations
 from webapp.streams.events import DONE, MESSAGE, LogEntry
 from webapp.streams.keys import log_key, state_key
 from webapp.streams.lifecycle import StreamPhase, TerminationReason
@@ -230,7 +231,9 @@ def make_world(settings: Settings, database: Database | None = None) -> World:
     manager = StreamSessionManager(made.database, made.log, queue, settings, made.queries)
     reaper = Reaper(made.database, made.log, manager, made.queries, settings)
     calls = Calls(settings, made.conversations, manager, made.queries, made.upstream, made.limits)
-    return World(dataclasses.replace(made, manager=manager, reaper=reaper, calls=calls), queue)
+    operations = Operations(made.database, made.workers, made.queries, manager, made.metrics, settings)
+    changed = dataclasses.replace(made, manager=manager, reaper=reaper, calls=calls, operations=operations)
+    return World(changed, queue)
 
 
 def make_settings(database_url: str, redis_url: str, data_dir: Path, **overrides: Any) -> Settings:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import socket
 import stat
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import click
 import pytest
 
+from tests.terminal import COLOURS, CTRL_C, Terminal
 from webapp import cli
 from webapp.cli.flower import flower_credentials
-from webapp.cli.output import print_table
+from webapp.cli.output import Cell, print_table
+from webapp.cli.terminal import age, duration, harmless, takes_colour
 from webapp.config import Settings, load_settings
+from webapp.models import now
+
+PROGRAM = str(Path(sys.executable).with_name("sluicegate"))
 
 
 @pytest.fixture(autouse=True)
 def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(Settings.variable_of(name), raising=False)
+    for name in (*map(Settings.variable_of, Settings.model_fields), *COLOURS):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -95,6 +104,29 @@ class TestUsers:
         assert alice["disabledAt"]
 
 
+class TestStreams:
+    def test_an_unknown_one_cannot_be_watched(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.run(["migrate"]) == 0
+        capsys.readouterr()
+        session_id = "01a204f1-ab24-70fe-b6f4-fa6b87151910"
+        assert failure_of(capsys, "streams", "watch", session_id).startswith(
+            f"sluicegate: there is no stream {session_id}: "
+        )
+
+    def test_that_there_is_none_is_said_to_a_person_only(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert cli.run(["migrate"]) == 0
+        capsys.readouterr()
+        assert cli.run(["streams", "list"]) == 0
+        assert capsys.readouterr().out == ""
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        assert cli.run(["streams", "list"]) == 0
+        assert capsys.readouterr().out.startswith("No stream yet: ")
+        assert cli.run(["streams", "list", "--active"]) == 0
+        assert capsys.readouterr().out.startswith("No stream matches: ")
+
+
 class TestConfig:
     def test_it_says_where_each_value_comes_from(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -129,7 +161,7 @@ class TestFlower:
 
 def test_a_redis_that_is_configured_and_away_is_said_at_once(tmp_path: Path) -> None:
     environment = os.environ | {"REDIS_URL": "redis://127.0.0.1:1/0", "SLUICEGATE_DATA_DIR": str(tmp_path / "data")}
-    command = [str(Path(sys.executable).with_name("sluicegate")), "up", "--port", "0"]
+    command = [PROGRAM, "up", "--port", "0"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert done.stderr.startswith("sluicegate: REDIS_URL: redis://127.0.0.1:1/0 cannot be reached")
@@ -151,3 +183,107 @@ def test_a_narrow_terminal_leaves_columns_out_and_cuts_none(
     assert identity in shown
     assert "x" * 20 in shown
     assert "want of width: Ended" in shown
+
+
+def test_numbers_stand_to_the_right_and_later_columns_fill_what_room_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "23")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    rows = [("a" * 10, 7, "b" * 12, "c"), ("a", 1234, "b", Cell("late", "d\x1b[31m"))]
+    print_table(("Name", "Length", "Wide", "Last"), [(*row[:3], None) for row in rows])
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "Name        Length",
+        "─" * 18,
+        "aaaaaaaaaa       7",
+        "a             1234",
+        "Not shown, for want of",
+        "width: Wide, Last",
+    ]
+    monkeypatch.setenv("COLUMNS", "31")
+    print_table(("Name", "Length", "Wide", "Last"), rows)
+    shown = capsys.readouterr().out
+    assert "d\\u001b[31m" in shown
+    assert shown.split()[-1] == "Wide"
+
+
+def test_what_a_terminal_obeys_is_spelt_out() -> None:
+    assert harmless("a\tb\nc é 👩‍👧 שָׁלוֹם") == "a\tb\nc é 👩‍👧 שָׁלוֹם"
+    obeyed = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    for code in set(obeyed) - {9, 10}:
+        assert harmless(chr(code)) == f"\\u{code:04x}"
+
+
+def test_times_are_said_in_the_largest_whole_unit() -> None:
+    assert [duration(seconds) for seconds in (0.4, 59.9, 60, 7199, 7200, 172_800)] == [
+        "0 s",
+        "59 s",
+        "1 min",
+        "1 h",
+        "2 h",
+        "2 d",
+    ]
+    assert age(now() - timedelta(hours=3, minutes=59)) == "3 h ago"
+    assert age(now() + timedelta(seconds=5)) == "now"
+
+
+@pytest.mark.parametrize(
+    ("variables", "at_a_terminal", "in_a_pipe"),
+    [
+        ({}, True, False),
+        ({"TERM": "dumb"}, False, False),
+        ({"NO_COLOR": "1"}, False, False),
+        ({"NO_COLOR": ""}, True, False),
+        ({"FORCE_COLOR": "1", "TERM": "dumb"}, True, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False),
+    ],
+)
+def test_who_wants_colours(
+    variables: dict[str, str], at_a_terminal: bool, in_a_pipe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    master, slave = pty.openpty()
+    with open(master, "wb", buffering=0), open(slave, "w") as terminal, open(os.devnull, "w") as pipe:
+        assert (takes_colour(terminal), takes_colour(pipe)) == (at_a_terminal, in_a_pipe)
+
+
+class TestAtATerminal:
+    def test_migrations_are_counted_and_timed(self, tmp_path: Path) -> None:
+        with Terminal([PROGRAM, "migrate"], self._environment(), directory=tmp_path) as terminal:
+            assert terminal.end() == 0
+        numbers = re.findall(r"\d\.\d\d s\x1b\[0m  Migration (\d+) of (\d+): (\d{4}), \w", terminal.said)
+        count = len(list((Path(cli.__file__).parents[2] / "migrations/versions").glob("*.py")))
+        assert numbers == [(str(n), str(count), f"{n:04}") for n in range(1, count + 1)]
+        assert '"event"' not in terminal.said
+
+        with Terminal([PROGRAM, "migrate"], self._environment(NO_COLOR="1"), directory=tmp_path) as again:
+            assert again.end() == 0
+        assert again.said.startswith("The database is up to date: ")
+        assert again.said.count("\n") == 1
+
+    def test_the_doctors_verdicts_are_coloured(self, tmp_path: Path) -> None:
+        environment = self._environment(OLLAMA_BASE_URL="http://127.0.0.1:1")
+        with Terminal([PROGRAM, "doctor"], environment, directory=tmp_path) as terminal:
+            terminal.wait_for("\x1b[31m\x1b[1mFAIL\x1b[0m  Redis: ")
+            terminal.wait_for("Checking: Worker")  # which takes its time where there is no broker
+            terminal.type(CTRL_C)
+            assert terminal.end() == 130
+        assert "\x1b[32m\x1b[1mok\x1b[0m    Python: " in terminal.said
+        assert terminal.said.endswith("\r\x1b[K\nsluicegate: interrupted\n")
+        assert "\x1b[2mChecking: Redis (0 s)\x1b[0m\r\x1b[K" in terminal.said
+
+    def test_the_help_fits_a_usual_terminal(self) -> None:
+        for command in (cli.cli, cli.streams, *cli.cli.commands.values(), *cli.streams.commands.values()):
+            if command is cli.users:
+                continue
+            context = click.Context(command, info_name="sluicegate", terminal_width=80)
+            lines = command.get_help(context).splitlines()
+            assert max(map(len, lines)) <= 80, command.name
+            assert [line for line in lines if line.endswith("...") and "Usage" not in line] == [], command.name
+
+    @staticmethod
+    def _environment(**variables: str) -> dict[str, str]:
+        return dict(os.environ) | variables

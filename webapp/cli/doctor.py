@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from webapp.cli.terminal import StatusLine, paint
+
 if TYPE_CHECKING:
     from webapp.config import Settings
 
@@ -28,9 +30,16 @@ class Trouble(Exception):
         super().__init__(problem)
 
 
-@click.command()
+@click.command(short_help="Check every part, and say what to do.")
 def doctor() -> int:
-    """Check every part that Sluicegate depends on, and say what to do about what is wrong."""
+    """Check every part that Sluicegate depends on, and say what to do about what is wrong.
+
+    Run it where the part in question runs, with the same settings. It exits with 1 where a check fails.
+
+    \b
+    Example:
+      sluicegate doctor || sluicegate config
+    """
     from webapp.config import load_settings
 
     settings = load_settings()
@@ -43,16 +52,25 @@ def doctor() -> int:
 def _passes(name: str, check: Callable[[Settings], str], settings: Settings) -> bool:
     from webapp.cli.failures import explain
 
+    status = StatusLine()
+    status.show(f"Checking: {name}")
     try:
         finding = check(settings)
     except Trouble as trouble:
-        click.echo(f"FAIL  {name}: {trouble}\n      -> {trouble.remedy}")
-        return False
+        remedy = f"\n      {paint(sys.stdout, '->', fg='yellow')} {trouble.remedy}"
+        return _verdict(status, "FAIL", "red", f"{name}: {trouble}{remedy}")
     except Exception as error:
-        click.echo(f"FAIL  {name}: {explain(error)}")
-        return False
-    click.echo(f"ok    {name}: {finding}")
-    return True
+        return _verdict(status, "FAIL", "red", f"{name}: {explain(error)}")
+    finally:
+        status.clear()
+    return _verdict(status, "ok", "green", f"{name}: {finding}")
+
+
+def _verdict(status: StatusLine, word: str, colour: str, text: str) -> bool:
+    """Print the outcome of a check; whether it is a good one."""
+    status.clear()
+    click.echo(f"{paint(sys.stdout, word, fg=colour, bold=True)}{' ' * (6 - len(word))}{text}", color=True)
+    return word == "ok"
 
 
 def _python(settings: Settings) -> str:

@@ -12,10 +12,15 @@ if TYPE_CHECKING:
     from webapp.config import Settings
 
 
-@click.command()
+@click.command(short_help="Print the settings in force.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def config(as_json: bool) -> None:
-    """Print the effective settings, with secrets masked."""
+    """Print the effective settings, with secrets masked.
+
+    \b
+    Example:
+      sluicegate config --json | jq '.[] | select(.source != "default")'
+    """
     from webapp.cli.output import print_json, print_table
     from webapp.config import Settings, load_settings
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import resource
 import shutil
@@ -20,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from webapp.cli.terminal import StatusLine, paint
+
 if TYPE_CHECKING:
     from webapp.config import Settings
     from webapp.embedded.supervisor import Program, Supervisor
@@ -36,22 +40,44 @@ _DRAIN_SECONDS = 1.0
 _DESCRIPTORS = 16_384
 _TAIL_LINES = 20
 _EMBEDDED_LAYER, _PROGRAM_LAYER = 1, 2
+_STEADY_SECONDS = 5.0
+"""After which what was started again counts as running."""
+_LABEL_WIDTH = 11
+_NAME_COLOURS = ("cyan", "magenta", "blue", "green", "yellow", "bright_cyan", "bright_magenta")
+_STATUS = StatusLine()
 # An empty value of these means what no value means.
 _EMPTY_IS_UNSET = ("DATABASE_URL", "REDIS_URL", "CELERY_BROKER_URL", "OLLAMA_BASE_URL", "PORT", "SLUICEGATE_DATA_DIR")
 
 
-@click.command()
-@click.option("--port", type=click.IntRange(0, 65535), help="The page's port; 0: a free one.  [default: PORT or 8000]")
+@click.command(short_help="Run everything on this machine.")
 @click.option(
-    "--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where everything is written.  [default: var]"
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    help="The page's port; 0: a free one.  [default: PORT or 8000]",
 )
 @click.option(
-    "--procfile", type=click.Path(dir_okay=False, path_type=Path), help="What to run.  [default: the checkout's]"
+    "--data-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where everything is written.  [default: var]",
+)
+@click.option(
+    "--procfile",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="What to run.  [default: the checkout's]",
 )
 def up(port: int | None, data_dir: Path | None, procfile: Path | None) -> None:
     """Run everything that the Procfile names, with an embedded Valkey and a demo model where none is set.
 
-    Ctrl-C and SIGTERM stop it all within ten seconds; a second one ends it at once.
+    The last line that it prints has the page's address and a one-time sign-in token. Ctrl-C and SIGTERM stop it all
+    within ten seconds; a second one ends it at once. What was being answered goes on at the next start.
+
+    \b
+    Examples:
+      sluicegate up --port 9000
+      OLLAMA_BASE_URL=http://gpu:11434 sluicegate up --data-dir /srv/sluicegate
     """
     from webapp.config import EMBEDDED_ENV_FILE, load_settings
 
@@ -130,6 +156,10 @@ class Deployment:
         self._failure: Exception | None = None
         self._signals = 0
         self._stop_deadline = float("inf")
+        self._stopping_since = 0.0
+        self._began = time.monotonic()
+        self._fallen: dict[str, tuple[int, float]] = {}
+        """What has ended: the process id that it has since, and since when; 0 while it has none."""
 
     def run(self) -> None:
         """Return when everything has been stopped on request.
@@ -153,13 +183,15 @@ class Deployment:
 
     def _prepare(self) -> None:
         from webapp.cli.procfile import find_procfile, read_procfile
+        from webapp.config import mask_url
         from webapp.embedded.runtime import write_environment
 
-        _say(f"Data: {self._directory}")
+        _tell("Data", str(self._directory))
         commands = read_procfile(self._procfile or find_procfile())
         self._choose_ports(with_flower="flower" in commands)
         self._embed_valkey()
         self._embed_model()
+        _tell("Database", mask_url(self._settings.effective_database_url))
         self._add_programs(commands)
         drain_seconds = min(self._settings.drain_seconds, _DRAIN_SECONDS)
         os.environ |= {"SLUICEGATE_DRAIN_SECONDS": str(drain_seconds), **self._embedded}
@@ -184,28 +216,33 @@ class Deployment:
         self._settings = self._settings.model_copy(update={"port": port, "flower_port": flower_port})
 
     def _embed_valkey(self) -> None:
+        from webapp.config import mask_url
+
         if self._settings.redis_url:
             _require_redis(self._settings)
+            _tell("Redis", mask_url(self._settings.redis_url))
             return
         from webapp.embedded.valkey import EmbeddedValkey
 
         valkey = EmbeddedValkey(self._directory / "valkey")
         self._add("valkey", valkey.prepare(), _EMBEDDED_LAYER, steady_seconds=1)
         self._embedded["REDIS_URL"] = valkey.url
-        _say(f"Redis: REDIS_URL is not set, so an embedded Valkey runs on port {valkey.port}")
+        _tell("Redis", f"REDIS_URL is not set, so an embedded Valkey runs on port {valkey.port}")
 
     def _embed_model(self) -> None:
+        from webapp.config import mask_url
         from webapp.embedded.runtime import free_port
 
         url = self._settings.ollama_base_url
         if _is_given("OLLAMA_BASE_URL") or get(f"{url}/api/version")[0] == 200:
-            _say(f"Model: Ollama at {url}")
+            _tell("Model", f"Ollama at {mask_url(url)}")
             return
         port = free_port()
         command = [sys.executable, "-m", "webapp.embedded.demo_model", "--port", str(port)]
         self._add("demo", command, _EMBEDDED_LAYER, steady_seconds=1)
         self._embedded["OLLAMA_BASE_URL"] = f"http://127.0.0.1:{port}"
-        _say(f"Model: no Ollama at {url}, so a demo model answers, which is no language model (set OLLAMA_BASE_URL)")
+        _tell("Model", f"no Ollama at {url}, so a demo model answers, which is no language model")
+        _tell("", "(set OLLAMA_BASE_URL)")
 
     def _add_programs(self, commands: dict[str, list[str]]) -> None:
         from webapp.cli.procfile import RELEASE
@@ -232,6 +269,7 @@ class Deployment:
             return
         log = self._directory / "log" / "release.log"
         log.parent.mkdir(exist_ok=True)
+        _STATUS.show("The release step: bringing the database's tables to this version")
         with log.open("w") as output:
             process = subprocess.Popen(
                 self._release_command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
@@ -240,8 +278,10 @@ class Deployment:
                 if self._signals:
                     process.terminate()
                     process.wait()
+                    _STATUS.clear()
                     raise _Stopped
                 time.sleep(_POLL_SECONDS)
+        _STATUS.clear()
         if process.returncode != 0:
             _show_tail(log)
             raise ConfigurationError(f"the release step failed; its output is above and in {log}")
@@ -251,9 +291,10 @@ class Deployment:
     def _serve(self) -> None:
         from webapp.embedded.supervisor import Supervisor
 
-        self._supervisor = Supervisor(self._directory, self._programs, lambda line: _say(line, to_stderr=True))
-        names = ", ".join(program.name for program in self._programs)
-        _say(f"Starting {names}; their logs: {self._supervisor.log_directory}")
+        self._supervisor = Supervisor(self._directory, self._programs, self._report)
+        coloured = zip(self._programs, itertools.cycle(_NAME_COLOURS), strict=False)
+        _tell("Starting", ", ".join(paint(sys.stdout, one.name, fg=colour) for one, colour in coloured))
+        _tell("Logs", str(self._supervisor.log_directory / "NAME.log"))
         thread = threading.Thread(target=self._supervise, args=[self._supervisor], name="supervisor")
         thread.start()
         try:
@@ -263,10 +304,34 @@ class Deployment:
         except _Stopped:
             pass
         finally:
+            _STATUS.clear()
             self._stop()
             self._watch(thread)
         if self._failure:
             raise self._failure
+        _say(f"Stopped after {time.monotonic() - self._stopping_since:.1f} s", to_stderr=True)
+
+    def _report(self, line: str) -> None:
+        """What the supervisor says about a program that ended: its name first."""
+        name, _, rest = line.partition(" ")
+        if self._has(name):
+            self._fallen[name] = (0, 0.0)
+            name = paint(sys.stderr, name, fg="red", bold=True)
+            _say(f"{name} {paint(sys.stderr, rest, fg='yellow')}", to_stderr=True)
+        else:
+            _say(paint(sys.stderr, line, fg="red"), to_stderr=True)
+
+    def _tell_returns(self) -> None:
+        """Say of what had ended that it runs again, once it has done so for a while."""
+        if not self._fallen or self._supervisor is None or self._signals:
+            return
+        pids, moment = self._supervisor.pids, time.monotonic()
+        for name, (pid, since) in list(self._fallen.items()):
+            if pids.get(name, 0) != pid:
+                self._fallen[name] = (pids.get(name, 0), moment)
+            elif pid and moment - since > _STEADY_SECONDS:
+                del self._fallen[name]
+                _say(f"{paint(sys.stderr, name, fg='green', bold=True)} runs again", to_stderr=True)
 
     def _supervise(self, supervisor: Supervisor) -> None:
         try:
@@ -283,13 +348,20 @@ class Deployment:
             accounts.ensure_user(OWNER, operator=True)
             self._await_ready(thread)
             token = accounts.make_sign_in_token(OWNER)
+        _STATUS.clear()
         if self._signals:
             return
-        url = sign_in_url(self._settings.effective_public_url, token)
+        page = self._settings.effective_public_url
+        _tell("Started", f"in {time.monotonic() - self._began:.1f} s; Ctrl-C stops it all")
+        _tell("Page", f"{page} (the link below signs you in, once)")
+        _tell("API", f"{page}/docs (its tokens: `sluicegate users create NAME`)")
         if self._has("flower"):
             address = f"http://{reachable(self._settings.host)}:{self._settings.flower_port}"
-            _say(f"Flower: {address} ({self._flower_hint()})")
-        _say(f"Sluicegate is ready: {url} - one-time sign-in token of {OWNER}: {token}")
+            _tell("Flower", f"{address} (workers and tasks; {self._flower_hint()})")
+        # A program reads this line: colours for a terminal alone, whatever else asks for them.
+        ready = "Sluicegate is ready:"
+        ready = paint(sys.stdout, ready, fg="green", bold=True) if sys.stdout.isatty() else ready
+        _say(f"{ready} {sign_in_url(page, token)} - one-time sign-in token of {OWNER}: {token}")
 
     def _await_ready(self, thread: threading.Thread) -> None:
         from webapp.errors import ConfigurationError
@@ -303,8 +375,18 @@ class Deployment:
             if time.monotonic() > deadline:
                 self._show_why_not_ready(status, answer)
                 raise ConfigurationError(f"not ready after {_READY_SECONDS} s; see the lines above")
+            self._tell_returns()
+            _STATUS.show(f"Waiting for {self._lacking(status, answer)}")
             time.sleep(_POLL_SECONDS)
             status, answer = get(url)
+
+    def _lacking(self, status: int, answer: str) -> str:
+        """What /readyz waits for, in the words of its answer."""
+        with suppress(ValueError, AttributeError):
+            checks = json.loads(answer)["checks"] if status else {}
+            if lacking := [name for name, state in checks.items() if state != "ok"]:
+                return ", ".join(lacking)
+        return "web"
 
     def _show_why_not_ready(self, status: int, answer: str) -> None:
         assert self._supervisor is not None  # noqa: S101
@@ -318,13 +400,15 @@ class Deployment:
         """Return when everything has ended; what overstays the time for stopping is killed."""
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
+            self._tell_returns()
             if time.monotonic() > self._stop_deadline and self._supervisor:
                 self._stop_deadline = float("inf")
                 self._supervisor.kill()
 
     def _stop(self) -> None:
         if self._supervisor is not None and self._stop_deadline == float("inf"):
-            self._stop_deadline = time.monotonic() + _STOP_SECONDS
+            self._stopping_since = time.monotonic()
+            self._stop_deadline = self._stopping_since + _STOP_SECONDS
             self._supervisor.stop()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -332,7 +416,8 @@ class Deployment:
         if self._supervisor is None:
             return
         if self._signals == 1:
-            os.write(sys.stderr.fileno(), b"Stopping\n")  # print may have been what was interrupted
+            erase = b"\r\x1b[K" if sys.stderr.isatty() else b""
+            os.write(sys.stderr.fileno(), erase + b"Stopping\n")  # print may have been what was interrupted
             self._stop()
         else:
             self._supervisor.kill()
@@ -406,5 +491,11 @@ def _show_tail(log: Path) -> None:
             _say(f"{log.name}: {line}", to_stderr=True)
 
 
+def _tell(label: str, text: str) -> None:
+    """One line of what `up` does, under a label; or, without one, more of the line before."""
+    start = f"{label}:" if label else ""
+    _say(f"{paint(sys.stdout, start, bold=True)}{' ' * (_LABEL_WIDTH - len(start))}{text}")
+
+
 def _say(line: str, *, to_stderr: bool = False) -> None:
-    print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    _STATUS.say(line, sys.stderr if to_stderr else sys.stdout)

@@ -12,12 +12,13 @@ def users() -> None:
 
 @users.command()
 @click.argument("name")
-def create(name: str) -> None:
+@click.option("--operator", is_flag=True, help="One who sees and stops everybody's streams, on the page /ops.")
+def create(name: str, operator: bool) -> None:
     """Create the user NAME and print the API token, which is shown only now."""
     from webapp.cli.services import open_accounts
 
     with open_accounts() as accounts:
-        token = accounts.create_user(name)
+        token = accounts.create_user(name, operator=operator)
     click.echo(f"API token of {name}, shown only now: {token}")
 
 
@@ -53,6 +54,18 @@ def disable(name: str) -> None:
     with open_accounts() as accounts:
         accounts.disable_user(name)
     click.echo(f"{name} is disabled")
+
+
+@users.command()
+@click.argument("name")
+@click.option("--revoke", is_flag=True, help="Take the role away again.")
+def operator(name: str, revoke: bool) -> None:
+    """Make NAME an operator, who sees and stops everybody's streams on the page /ops, and reads none of them."""
+    from webapp.cli.services import open_accounts
+
+    with open_accounts() as accounts:
+        accounts.set_operator(name, not revoke)
+    click.echo(f"{name} is {'no longer' if revoke else 'now'} an operator")
 
 
 @users.command("list")

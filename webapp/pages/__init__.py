@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import flask_swagger_ui
@@ -12,6 +14,7 @@ from flask import Blueprint, Response, current_app, redirect, render_template, r
 from flask.typing import ResponseReturnValue
 
 from webapp import auth
+from webapp.config import Settings
 from webapp.errors import CSRFFailed, SluicegateError, TooManyRequests, Unauthenticated
 from webapp.limits import Limits
 
@@ -25,15 +28,28 @@ _CONTENT_SECURITY_POLICY: Final = "; ".join(
         "style-src 'self'",
         "img-src 'self' data:",
         "connect-src 'self'",
+        "worker-src 'self'",
         "font-src 'self'",
         "form-action 'self'",
         "frame-ancestors 'none'",
         "base-uri 'none'",
     )
 )
+# What a model writes becomes elements through one gate, the sanitiser's; no other script may make any of text.
+_TRUSTED_TYPES: Final = "; require-trusted-types-for 'script'; trusted-types dompurify sluicegate"
+THEME_COOKIE: Final = "sluicegate_theme"
+_THEMES: Final = ("light", "dark")
 _SWAGGER_UI: Final = Path(flask_swagger_ui.__file__).parent / "dist"
 _SWAGGER_UI_SECONDS: Final = 3600
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _CONVERSATION_PATH: Final = re.compile(r"/c/[0-9a-fA-F-]{36}", re.ASCII)
+
+
+@pages.context_processor
+def chosen_theme() -> dict[str, str | None]:
+    """The colours that were chosen at the page, so that it comes in them; None: as the system is set."""
+    theme = request.cookies.get(THEME_COOKIE)
+    return {"theme": theme if theme in _THEMES else None}
 
 
 @pages.get("/")
@@ -82,6 +98,17 @@ def sign_out() -> ResponseReturnValue:
     return redirect(url_for(".sign_in_form"), 303)
 
 
+@pages.get("/ops")
+def ops() -> ResponseReturnValue:
+    """What operators look after: all streams, the workers, charts; the module asks the API for it."""
+    user = auth.current_user()
+    if user is None:
+        return redirect(url_for(".sign_in_form", next=request.path), 303)
+    if not user.operator:
+        return render_template("pages/ops_refused.html", user=user), 403
+    return render_template("pages/ops.html", flower_url=_flower_url())
+
+
 @pages.get("/docs")
 def api() -> ResponseReturnValue:
     """The OpenAPI document, to be read and tried; without any other server's scripts."""
@@ -97,7 +124,8 @@ def swagger_ui(name: str) -> Response:
 @pages.after_request
 def set_security_headers(response: Response) -> Response:
     """No script or style but ours, and no address with a token in it told to anybody."""
-    response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
+    trusted_types = _TRUSTED_TYPES if request.endpoint == "pages.chat" else ""
+    response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY + trusted_types
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
     if request.endpoint not in ("pages.static", "pages.swagger_ui"):
@@ -120,6 +148,19 @@ def _retry_after(error: SluicegateError) -> dict[str, str]:
 
 
 def _landing_path() -> str:
-    """Where to go once signed in: a conversation's page if one was asked for, and never another site."""
+    """Where to go once signed in: the page that was asked for, if it is one of ours, and never another site."""
     wanted = request.values.get("next", "")
-    return wanted if _CONVERSATION_PATH.fullmatch(wanted) else url_for(".chat")
+    return wanted if _CONVERSATION_PATH.fullmatch(wanted) or wanted == url_for(".ops") else url_for(".chat")
+
+
+def _flower_url() -> str:
+    """Where whoever asks finds Flower: as configured, else at its port of the host that was asked; empty where it
+    cannot be reached there."""
+    settings: Settings = current_app.extensions["sluicegate"].settings
+    asked = urlsplit(request.host_url)
+    if settings.flower_url or not settings.flower_port or not find_spec("flower"):
+        return settings.flower_url
+    if settings.host in _LOOPBACK and asked.hostname not in _LOOPBACK:
+        return ""
+    host = f"[{asked.hostname}]" if ":" in (asked.hostname or "") else asked.hostname
+    return f"{asked.scheme}://{host}:{settings.flower_port}/"

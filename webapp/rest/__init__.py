@@ -11,6 +11,7 @@ from webapp import auth
 from webapp.config import Settings
 from webapp.rest.conversations import conversations
 from webapp.rest.openapi import configure_openapi
+from webapp.rest.operations import operations
 from webapp.rest.problems import configure_problems
 from webapp.rest.streams import streams
 from webapp.rest.system import system
@@ -24,7 +25,7 @@ def configure_rest(app: APIFlask, settings: Settings) -> None:
     app.after_request(_set_security_headers)
     configure_openapi(app, settings)
     configure_problems(app)
-    for blueprint in (conversations, streams, system):
+    for blueprint in (conversations, streams, operations, system):
         app.register_blueprint(blueprint)
 
 
@@ -48,7 +49,13 @@ def _require_user() -> None:
     auth.require_user()
 
 
+def _require_operator() -> None:
+    auth.require_operator()
+
+
 # Here and not where the application is made: a blueprint is one for all applications of a process.
 for guarded in (conversations, streams):
     guarded.before_request(_require_user)
     guarded.before_request(require_json)
+operations.before_request(_require_operator)
+operations.before_request(require_json)

@@ -17,7 +17,10 @@ from webapp.views import ConversationView, MemberView, MessageView, SessionView
 conversations = APIBlueprint("conversations", __name__, url_prefix="/api/conversations", tag="Conversations")
 
 _NEXT_CURSOR: Final = {"nextCursor": {"type": ["string", "null"], "format": "uuid"}}
-_ACTIVE_STREAMS: Final = {"activeStreams": {"type": "array", "items": schema_of(SessionView)}}
+_STATE: Final = {
+    "activeStreams": {"type": "array", "items": schema_of(SessionView)},
+    "lastMessageId": {"type": ["string", "null"], "format": "uuid"},
+}
 
 
 @conversations.post("")
@@ -41,30 +44,28 @@ def create(body: NewConversation) -> ResponseReturnValue:
 )
 def list_conversations(query: ConversationPage) -> ResponseReturnValue:
     """List your conversations"""
-    found, following = calls().conversations(query.limit, query.cursor)
+    found, following = calls().conversations(query.limit, query.cursor, query.search)
     return jsonify({"items": [one.as_dict() for one in found], "nextCursor": str(following) if following else None})
 
 
 @conversations.get("/<uuid:conversation_id>")
-@conversations.doc(
-    responses={200: described(ConversationView, "The conversation", more=_ACTIVE_STREAMS), **problems(401, 404)}
-)
+@conversations.doc(responses={200: described(ConversationView, "The conversation", more=_STATE), **problems(401, 404)})
 def get(conversation_id: UUID) -> ResponseReturnValue:
     """Look at a conversation and its active streams"""
-    return jsonify(_with_streams(calls().conversation(conversation_id)))
+    return jsonify(_with_state(calls().conversation(conversation_id)))
 
 
 @conversations.patch("/<uuid:conversation_id>")
 @conversations.input(ConversationChange, arg_name="body")
 @conversations.doc(
     responses={
-        200: described(ConversationView, "The conversation", more=_ACTIVE_STREAMS),
+        200: described(ConversationView, "The conversation", more=_STATE),
         **problems(400, 401, 403, 404, 413, 415),
     }
 )
 def rename(conversation_id: UUID, body: ConversationChange) -> ResponseReturnValue:
     """Rename a conversation"""
-    return jsonify(_with_streams(calls().rename_conversation(conversation_id, body.title)))
+    return jsonify(_with_state(calls().rename_conversation(conversation_id, body.title)))
 
 
 @conversations.delete("/<uuid:conversation_id>")
@@ -108,6 +109,10 @@ def remove_member(conversation_id: UUID, name: str) -> ResponseReturnValue:
     return "", 204
 
 
-def _with_streams(conversation: ConversationView) -> dict[str, object]:
+def _with_state(conversation: ConversationView) -> dict[str, object]:
     active = calls().active_streams_in(conversation.id)
-    return conversation.as_dict() | {"activeStreams": [one.as_dict() for one in active]}
+    last = calls().last_message_id(conversation.id)
+    return conversation.as_dict() | {
+        "activeStreams": [one.as_dict() for one in active],
+        "lastMessageId": str(last) if last else None,
+    }

@@ -47,7 +47,7 @@ EVENT_STREAM: Final[dict[str, Any]] = {
                 "type": "object",
                 "required": ["data"],
                 "properties": {
-                    "event": {"type": "string", "enum": ["session", "phase", "thinking", "message", "done"]},
+                    "event": {"type": "string", "enum": ["stream", "session", "phase", "thinking", "message", "done"]},
                     "id": {"type": "string"},
                     "retry": {"type": "integer"},
                     "data": {"type": "string"},
@@ -201,7 +201,8 @@ def described(
 def schema_of(view: type[View]) -> dict[str, Any]:
     """The JSON Schema of a view."""
     schema = TypeAdapter(view).json_schema()
-    return _camel(_inline(schema, schema.get("$defs", {})))
+    camel: dict[str, Any] = _camel(_inline(schema, schema.get("$defs", {})))
+    return camel
 
 
 def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
@@ -214,6 +215,14 @@ def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
     return {name: _inline(value, definitions) for name, value in schema.items() if name not in ("$defs", "title")}
 
 
-def _camel(schema: dict[str, Any]) -> dict[str, Any]:
-    properties = {camel_case(name): value for name, value in schema["properties"].items()}
-    return schema | {"properties": properties, "required": [camel_case(name) for name in schema["required"]]}
+def _camel(schema: Any) -> Any:
+    """Members as JSON spells them, also those of views within views."""
+    if isinstance(schema, list):
+        return [_camel(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    camel = {name: _camel(value) for name, value in schema.items()}
+    if "properties" in schema:
+        camel["properties"] = {camel_case(name): _camel(value) for name, value in schema["properties"].items()}
+        camel["required"] = [camel_case(name) for name in schema["required"]]
+    return camel

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from uuid import UUID
+
 from flask import Response, request
 
 from webapp.readers import event_stream, follower_of
 from webapp.streams.events import START, Position
-from webapp.streams.follow import check_cursor
+from webapp.streams.follow import ManyFollowers, check_cursor
 from webapp.views import SessionView
 
 
@@ -20,6 +23,24 @@ def stream_response(session: SessionView, cursor: Position = START) -> Response:
         return Response(status=204)
     follower = follower_of(session, cursor)
     return event_stream(follower.events(), follower.close, session)
+
+
+def many_streams_response(cursors: Mapping[UUID, str | None], session_of: Callable[[UUID], SessionView]) -> Response:
+    """Several streams in one response, each from its cursor to its `done`; 204 for a reader that has had them all.
+
+    Raises:
+        InvalidCursor: a cursor is not one of our ids, or lies beyond the end.
+    """
+    followers = []
+    for session_id, cursor in cursors.items():
+        position = Position.parse(cursor) if cursor else START
+        session = session_of(session_id)
+        if check_cursor(position, session):
+            followers.append(follower_of(session, position))
+    if not followers:
+        return Response(status=204)
+    many = ManyFollowers(followers)
+    return event_stream(many.events(), many.close)
 
 
 def requested_cursor() -> Position:

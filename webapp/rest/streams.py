@@ -11,8 +11,8 @@ from flask.typing import ResponseReturnValue
 
 from webapp.calls import calls
 from webapp.rest.openapi import EVENT_STREAM, described, problems
-from webapp.rest.sse import requested_cursor, stream_response
-from webapp.schemas import NewMessageBody, StreamFilter, TerminateBody
+from webapp.rest.sse import many_streams_response, requested_cursor, stream_response
+from webapp.schemas import FollowedStreams, NewMessageBody, StreamFilter, TerminateBody
 from webapp.views import ModelView, ReceiptView, SessionView
 
 streams = APIBlueprint("streams", __name__, url_prefix="/api", tag="Streams")
@@ -85,6 +85,18 @@ def stream_events(session_id: UUID) -> Response:
     """Follow a stream, from the start or from `Last-Event-ID`"""
     cursor = requested_cursor()
     return stream_response(calls().stream(session_id), cursor)
+
+
+@streams.get("/streams/events")
+@streams.input(FollowedStreams, location="query", arg_name="query")
+@streams.doc(responses={200: EVENT_STREAM, 204: "You have had all of them", **problems(400, 401, 404)})
+def many_streams_events(query: FollowedStreams) -> Response:
+    """Follow several streams over one connection
+
+    Before the events of a stream comes a `stream` event with its `sessionId`, and with the position that this stream
+    stands at as its `id`. The response ends after the last stream's `done`.
+    """
+    return many_streams_response(query.positions(), calls().stream)
 
 
 @streams.post("/terminate-stream")

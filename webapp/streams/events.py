@@ -60,6 +60,8 @@ MESSAGE: Final = "message"
 PHASE: Final = "phase"
 DONE: Final = "done"
 SESSION: Final = "session"
+STREAM: Final = "stream"
+"""Where several streams share a connection: the events that follow are of this session."""
 
 _KIND_BYTES: Final = {b"t": THINKING, b"c": MESSAGE, b"p": PHASE, b"d": DONE}
 KIND_CODES: Final = {name: code.decode() for code, name in _KIND_BYTES.items()}

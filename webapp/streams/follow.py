@@ -6,8 +6,10 @@ that fails is replaced by another without a gap and without a repetition.
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 from uuid import UUID
@@ -27,6 +29,7 @@ from webapp.streams.events import (
     RECONNECT,
     SESSION,
     START,
+    STREAM,
     THINKING,
     LogEntry,
     Position,
@@ -47,6 +50,8 @@ REPLAY_CODE_POINTS: Final = 4096
 """How much text one event carries when it comes out of the database."""
 RETRY_SECONDS: Final = 0.5
 ALONE_SECONDS: Final = 1.0
+GONE_SECONDS: Final = 1.0
+"""Between two looks whether a reader of several streams, who takes nothing, is there at all."""
 
 
 class Follower:
@@ -77,6 +82,11 @@ class Follower:
     @property
     def session_id(self) -> UUID:
         return self._session.session_id
+
+    @property
+    def cursor(self) -> Position:
+        """Up to where the reader has been sent all there is."""
+        return self._cursor
 
     def _is_over(self) -> bool:
         """Whether there is nothing more to send: it was all sent, or the reader has gone."""
@@ -240,6 +250,63 @@ class Follower:
         position = done_position(len(thinking) + len(content))
         self._cursor, self._finished = position, True
         yield encode_event(DONE, data, position)
+
+
+class ManyFollowers:
+    """One reader of several sessions over one connection: each piece is preceded by a `stream` event that names its
+    session, and whose `id` is where that session's reader stands. Iterate `events`; `close` from elsewhere ends it.
+    """
+
+    def __init__(self, followers: Sequence[Follower]) -> None:
+        self._followers = followers
+        self._pieces: queue.Queue[tuple[Follower, Position, bytes | None]] = queue.Queue(len(followers))
+        self._closed = False
+
+    def close(self) -> None:
+        """The reader has gone."""
+        self._closed = True
+        for follower in self._followers:
+            follower.close()
+
+    def events(self) -> Iterator[bytes]:
+        """Ends after each session's `done`, when closed, or where one of the sessions cannot be read on: a reader that
+        lacks a `done` comes back with its cursors."""
+        for follower in self._followers:
+            threading.Thread(target=self._pump, args=(follower,), name="follow", daemon=True).start()
+        named, running = None, len(self._followers)
+        try:
+            while running and not self._closed:
+                follower, stands_at, piece = self._pieces.get()
+                if piece is None:
+                    running -= 1
+                elif piece == COMMENT or follower is named:
+                    yield piece
+                else:
+                    named = follower
+                    yield encode_json_event(STREAM, {"sessionId": str(follower.session_id)}, stands_at) + piece
+        finally:
+            self.close()
+
+    def _pump(self, follower: Follower) -> None:
+        stands_at = follower.cursor
+        try:
+            for piece in follower.events():
+                self._put(follower, stands_at, piece)
+                stands_at = follower.cursor
+        except Exception:
+            log.exception("reader.failed", session_id=str(follower.session_id))
+            self.close()
+        finally:
+            self._put(follower, stands_at, None)
+
+    def _put(self, follower: Follower, stands_at: Position, piece: bytes | None) -> None:
+        """Waits for a slow reader, and not for one that has gone."""
+        while not self._closed:
+            with suppress(queue.Full):
+                self._pieces.put((follower, stands_at, piece), timeout=GONE_SECONDS)
+                return
+        with suppress(queue.Full):
+            self._pieces.put_nowait((follower, stands_at, None))  # `events` may be waiting for one
 
 
 def check_cursor(cursor: Position, session: SessionView) -> bool:

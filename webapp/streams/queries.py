@@ -64,7 +64,7 @@ class SessionQueries:
     def active_in(self, conversation_id: UUID) -> list[SessionView]:
         """The ACTIVE sessions of a conversation: none or one."""
         where = (StreamSession.conversation_id == conversation_id) & (StreamSession.status == StreamStatus.ACTIVE)
-        return self._view_all(self._database.read(lambda s: list(s.scalars(select(StreamSession).where(where)))))
+        return self.views_of(self._database.read(lambda s: list(s.scalars(select(StreamSession).where(where)))))
 
     def list_streams(
         self,
@@ -86,7 +86,7 @@ class SessionQueries:
             query = query.order_by(StreamSession.id.desc())
         if user_id is not None:
             query = query.where(_in_active_of(user_id) if active_only else _in_recent_of(user_id, limit, narrowed))
-        return self._view_all(self._database.read(lambda s: list(s.scalars(query))))
+        return self.views_of(self._database.read(lambda s: list(s.scalars(query))))
 
     def queue_position(self, session_id: UUID) -> int:
         """How many sessions wait before this one; 0: it is the next."""
@@ -129,9 +129,10 @@ class SessionQueries:
 
     def view_of(self, row: StreamSession) -> SessionView:
         """The view of a row that was read."""
-        return self._view_all([row])[0]
+        return self.views_of([row])[0]
 
-    def _view_all(self, found: Sequence[StreamSession]) -> list[SessionView]:
+    def views_of(self, found: Sequence[StreamSession]) -> list[SessionView]:
+        """The views of rows that were read."""
         active = [row.id for row in found if row.status == StreamStatus.ACTIVE]
         states: dict[UUID, LogState | None] = {}
         viewers: dict[UUID, int] = {}

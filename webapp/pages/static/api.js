@@ -14,24 +14,34 @@ export class ApiError extends Error {
   }
 }
 
-export const listConversations = (cursor, limit) =>
-  request("GET", `/api/conversations?${new URLSearchParams({ limit, ...(cursor && { cursor }) })}`);
+export const listConversations = ({ cursor, limit, search }) => {
+  const query = new URLSearchParams({ limit, ...(cursor && { cursor }), ...(search && { search }) });
+  return request("GET", `/api/conversations?${query}`);
+};
 export const getConversation = (id) => request("GET", `/api/conversations/${id}`);
 export const renameConversation = (id, title) => request("PATCH", `/api/conversations/${id}`, { title });
 export const deleteConversation = (id) => request("DELETE", `/api/conversations/${id}`);
 export const listMessages = (id) => request("GET", `/api/conversations/${id}/messages`);
+export const listMembers = (id) => request("GET", `/api/conversations/${id}/members`);
+export const setMember = (id, name, role) =>
+  request("PUT", `/api/conversations/${id}/members/${encodeURIComponent(name)}`, { role });
+export const removeMember = (id, name) =>
+  request("DELETE", `/api/conversations/${id}/members/${encodeURIComponent(name)}`);
 export const listModels = () => request("GET", "/api/models");
-export const getSession = (id) => request("GET", `/api/streams/${id}`);
 
 /** The key makes a repeat harmless, so that a lost answer to this call can simply be asked for again. */
 export const sendMessage = (message, idempotencyKey) =>
   persistently(() => request("POST", "/api/stream-message", message, { "Idempotency-Key": idempotencyKey }));
 
+/** `action`: `continue` or `retry`. */
+export const runAgain = (action, sessionId, idempotencyKey) =>
+  persistently(() =>
+    request("POST", `/api/streams/${sessionId}/${action}`, undefined, { "Idempotency-Key": idempotencyKey }),
+  );
+
 /** The receipt is the same however often it is asked for. */
 export const terminateStream = (sessionId, conversationId) =>
   persistently(() => request("POST", "/api/terminate-stream", { sessionId, conversationId }));
-
-export const eventsUrl = (sessionId) => `/api/streams/${sessionId}/events`;
 
 async function request(method, url, body, headers = {}) {
   let response;
@@ -83,6 +93,7 @@ function csrfToken() {
   return document.querySelector('meta[name="csrf-token"]').content;
 }
 
-function signInAgain() {
+/** Lead to the sign-in page, and from there back to here. */
+export function signInAgain() {
   location.assign(`/sign-in?${new URLSearchParams({ next: location.pathname })}`);
 }

@@ -4,12 +4,15 @@ import * as api from "./api.js";
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { ask, somethingIsOpen } from "./dialogs.js";
+import { Members } from "./members.js";
 import { chosenModel, loadModels } from "./models.js";
 import { showNotice } from "./notices.js";
 import { followEnd } from "./scroll.js";
 import { Sidebar } from "./sidebar.js";
 import { MessageList } from "./view.js";
 import { titleOf } from "./words.js";
+
+import "./theme.js";
 
 const element = (id) => document.getElementById(id);
 const fail = (error) => showNotice(error.message);
@@ -19,8 +22,9 @@ const composer = new Composer({
   onSend: () => chat.send(chosenModel()),
   onStop: () => chat.stop(),
 });
+const members = new Members({ onError: fail, onLeft: showLeft });
 const chat = new Chat({
-  messages: new MessageList(element("messages")),
+  messages: new MessageList(element("messages"), { onAction: (action, view) => chat.runAgain(action, view) }),
   composer,
   scroll: followEnd(element("scroll"), element("messages"), element("latest")),
   empty: element("empty"),
@@ -31,12 +35,18 @@ const chat = new Chat({
 function showHeading(conversation) {
   const title = titleOf(conversation);
   element("title").textContent = title;
-  element("actions").hidden = conversation?.role !== "owner";
+  for (const id of ["rename", "delete"]) element(id).hidden = conversation?.role !== "owner";
+  element("members").hidden = !conversation?.role;
   document.title = conversation ? `${title} · Sluicegate` : "Sluicegate";
   sidebar.setCurrent(conversation?.id ?? null);
   // The first message of a new conversation gives it an address, at which a reload finds it.
   const path = conversation ? `/c/${conversation.id}` : "/";
   if (location.pathname !== path) history.replaceState(null, "", path);
+}
+
+function showLeft(id) {
+  sidebar.remove(id);
+  go("/");
 }
 
 function idInAddress() {
@@ -67,6 +77,8 @@ element("rename").addEventListener("click", async () => {
   }
 });
 
+element("members").addEventListener("click", () => members.open(chat.conversation));
+
 element("delete").addEventListener("click", async () => {
   const { id } = chat.conversation;
   if (!(await ask(element("delete-dialog")))) return;
@@ -79,6 +91,11 @@ element("delete").addEventListener("click", async () => {
   }
 });
 
+// By itself the link would change the address, which means another conversation here.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  element("prompt").focus();
+});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !event.isComposing && !somethingIsOpen()) chat.stop();
 });

@@ -7,15 +7,21 @@ import { followStream } from "./stream.js";
 import { endingLabel, phaseLabel } from "./words.js";
 
 const RECONNECTING = "Reconnecting…";
+const OFFLINE = "You are offline. The answer goes on without you, and appears when you are back.";
 const LOAD_AGAIN_MILLISECONDS = 3000;
+// Another person, or another machine, may write here; other tabs of this browser say so themselves.
+const LOOK_AGAIN_MILLISECONDS = 4000;
+
+const tabs = new BroadcastChannel("sluicegate");
 
 export class Chat {
-  // The answer that is being written: {view, sessionId, stopping, started, note, stream}. Whoever comes back
+  // The answer that is being written: {view, sessionId, stopping, started, note, leave}. Whoever comes back
   // from waiting compares it with the one it began with: the person may have gone elsewhere.
   #live = null;
   #conversation = null;
   #visit = null;
   #unsent = null;
+  #lookTimer = 0;
 
   /**
    * `onOpened(conversation)` hears of the conversation that is open (null: a new one), `onStarted(id)` of one
@@ -28,6 +34,7 @@ export class Chat {
     this.empty = empty;
     this.onOpened = onOpened;
     this.onStarted = onStarted;
+    tabs.addEventListener("message", ({ data }) => data.changed === this.#conversation?.id && this.refresh());
   }
 
   get conversation() {
@@ -56,6 +63,7 @@ export class Chat {
   /** Give the open conversation another title; resolves to the conversation. */
   async rename(title) {
     const renamed = await api.renameConversation(this.#conversation.id, title);
+    tabs.postMessage({ changed: renamed.id });
     if (this.#conversation?.id === renamed.id) this.#setConversation(renamed);
     return renamed;
   }
@@ -73,11 +81,41 @@ export class Chat {
       const started = await this.#post({ content, conversationId, model });
       live.sessionId = started.sessionId;
       live.view.id = started.messageId;
-      if (live === this.#live) this.#goOn(live, started.eventsUrl, started.conversationId);
+      tabs.postMessage({ changed: started.conversationId });
+      if (live === this.#live) this.#goOn(live, started);
       if (live.stopping) this.#terminate(live, started.conversationId);
       this.onStarted(started.conversationId);
     } catch (error) {
       if (live === this.#live) this.#takeBack(live, question, content, error);
+    }
+  }
+
+  /** Go on with an answer that was cut off (`continue`), or have the question answered anew (`retry`). */
+  async runAgain(action, view) {
+    if (this.#live) return;
+    hideNotice();
+    this.#visit = null;
+    const goesOn = action === "continue";
+    const live = this.#begin(goesOn ? view : this.messages.add({ role: "assistant", status: "ACTIVE" }));
+    if (goesOn) view.setActive("");
+    this.scroll.toEnd();
+    try {
+      const started = await api.runAgain(action, view.sessionId, randomKey());
+      live.sessionId = live.view.sessionId = started.sessionId;
+      live.view.id = started.messageId;
+      if (goesOn) view.restart();
+      tabs.postMessage({ changed: started.conversationId });
+      if (live !== this.#live) return;
+      if (!goesOn) await this.#load(started.conversationId);
+      this.#goOn(live, started);
+      if (live.stopping) this.#terminate(live, started.conversationId);
+    } catch (error) {
+      if (live !== this.#live) return;
+      this.#live = null;
+      if (!goesOn) this.messages.remove(live.view);
+      this.#setIdle();
+      showNotice(error.message);
+      this.refresh();
     }
   }
 
@@ -92,7 +130,8 @@ export class Chat {
   }
 
   #leave() {
-    this.#live?.stream?.close();
+    this.#live?.leave?.();
+    clearTimeout(this.#lookTimer);
     this.#live = null;
     this.#visit = null;
     this.#conversation = null;
@@ -122,8 +161,31 @@ export class Chat {
   #setConversation(conversation) {
     this.#conversation = conversation;
     this.empty.hidden = !this.messages.isEmpty;
-    if (!this.#live) this.composer.setState(conversation?.role === "viewer" ? "readOnly" : "idle");
+    if (!this.#live) this.#setIdle();
     this.onOpened(conversation);
+    this.#lookLater();
+  }
+
+  #setIdle() {
+    const readOnly = this.#conversation?.role === "viewer";
+    this.composer.setState(readOnly ? "readOnly" : "idle");
+    this.messages.offer(!readOnly);
+  }
+
+  #lookLater() {
+    clearTimeout(this.#lookTimer);
+    if (this.#conversation) this.#lookTimer = setTimeout(() => this.#look(), LOOK_AGAIN_MILLISECONDS);
+  }
+
+  /** Whether something was said, or is being said, that is not shown. */
+  async #look() {
+    const { id } = this.#conversation;
+    const idle = !this.#live && !document.hidden && navigator.onLine;
+    const found = idle && (await api.getConversation(id).catch(() => null));
+    if (this.#conversation?.id !== id) return;
+    const isNew = found && (found.activeStreams.length > 0 || found.lastMessageId !== this.messages.lastId);
+    if (isNew && !this.#live) await this.refresh();
+    if (this.#conversation?.id === id) this.#lookLater();
   }
 
   #followActive(items) {
@@ -132,14 +194,15 @@ export class Chat {
     const live = this.#begin(this.messages.find(active.id));
     live.sessionId = active.sessionId;
     live.view.restart();
-    this.#follow(live, api.eventsUrl(active.sessionId));
+    this.#follow(live);
   }
 
   #begin(view) {
-    const live = { view, sessionId: null, stopping: false, started: false, note: "", stream: null };
+    const live = { view, sessionId: null, stopping: false, started: false, note: "", leave: null };
     this.#live = live;
     this.empty.hidden = true;
     this.composer.setState("active");
+    this.messages.offer(false);
     return live;
   }
 
@@ -153,8 +216,9 @@ export class Chat {
     });
   }
 
-  #goOn(live, eventsUrl, conversationId) {
-    this.#follow(live, eventsUrl);
+  #goOn(live, { conversationId }) {
+    live.view.sessionId = live.sessionId;
+    this.#follow(live);
     if (this.#conversation) return;
     this.#setConversation({ id: conversationId });
     this.#learnTitle(conversationId);
@@ -164,14 +228,14 @@ export class Chat {
     this.#live = null;
     this.messages.remove(question, live.view);
     this.empty.hidden = !this.messages.isEmpty;
-    this.composer.setState("idle");
+    this.#setIdle();
     this.composer.giveBack(content);
     showNotice(error.message);
     // Somebody else's answer is being written here: show it.
     if (error.code === "conversation_busy") this.refresh();
   }
 
-  #follow(live, eventsUrl) {
+  #follow(live) {
     const { view } = live;
     const write = (append) => (piece) => {
       if (!live.started) announce("Answer started");
@@ -182,16 +246,16 @@ export class Chat {
       live.note = note;
       view.setActive(note);
     };
-    live.stream = followStream(eventsUrl, () => api.getSession(live.sessionId), {
+    live.leave = followStream(live.sessionId, {
       connected: () => view.setActive(live.note),
-      disconnected: () => view.setActive(RECONNECTING),
+      disconnected: () => view.setActive(navigator.onLine ? RECONNECTING : OFFLINE),
       session: ({ model }) => view.setAuthor({ role: "assistant", model }),
       phase: (data) => setNote(phaseLabel(data)),
       thinking: write((piece) => view.appendThinking(piece)),
       content: write((piece) => view.appendContent(piece)),
       done: (done) => this.#settle(live, done),
       missed: () => this.#catchUp(live),
-      lost: (error) => this.#lose(live, error),
+      lost: (why) => this.#lose(live, why),
     });
   }
 
@@ -212,9 +276,9 @@ export class Chat {
   async #settle(live, ending) {
     if (live !== this.#live) return;
     this.#live = null;
-    live.stream?.close();
+    live.leave?.();
     live.view.setEnded(ending);
-    this.composer.setState("idle");
+    this.#setIdle();
     announce(endingLabel(ending) || "Answer finished");
     const shown = { thinking: live.view.thinking.value, content: live.view.content.value };
     // The message also has the detail of an error.
@@ -229,12 +293,13 @@ export class Chat {
     this.refresh();
   }
 
-  #lose(live, error) {
+  #lose(live, { status }) {
     if (live !== this.#live) return;
     this.#live = null;
+    if (status === 401) api.signInAgain();
     live.view.setEnded({ status: "ERROR" });
-    this.composer.setState("idle");
-    showNotice(error.message);
+    this.#setIdle();
+    showNotice("This answer is not yours to see any more.");
   }
 
   #showLoadFailure(id, error) {

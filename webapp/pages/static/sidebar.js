@@ -4,26 +4,43 @@ import { listConversations } from "./api.js";
 import { titleOf } from "./words.js";
 
 const PAGE_SIZE = 40;
+const TYPING_MILLISECONDS = 200;
 
 const sidebar = document.getElementById("sidebar");
 const list = document.getElementById("conversations");
 const older = document.getElementById("older");
 const template = document.getElementById("conversation-template");
+const search = document.getElementById("search");
+const nothing = document.getElementById("nothing-found");
 
 export class Sidebar {
   #conversations = [];
   #nextCursor = null;
   #currentId = null;
+  #searched = "";
+  #typingTimer = 0;
 
   /** `onError` is told what went wrong while more was loaded. */
   constructor({ onError }) {
     this.onError = onError;
     older.addEventListener("click", () => this.#loadOlder());
+    search.addEventListener("input", () => {
+      clearTimeout(this.#typingTimer);
+      this.#typingTimer = setTimeout(() => this.#search(search.value.trim()), TYPING_MILLISECONDS);
+    });
+    search.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !search.value) return;
+      event.stopPropagation(); // and so stops no answer
+      search.value = "";
+      this.#search("");
+    });
   }
 
   /** Load the newest conversations; those that were loaded further down stay. */
   async refresh() {
-    const page = await listConversations(null, PAGE_SIZE);
+    const searched = this.#searched;
+    const page = await listConversations({ limit: PAGE_SIZE, search: searched });
+    if (searched !== this.#searched) return;
     const fresh = new Set(page.items.map(({ id }) => id));
     if (this.#conversations.length === 0) this.#nextCursor = page.nextCursor;
     this.#conversations = [...page.items, ...this.#conversations.filter(({ id }) => !fresh.has(id))];
@@ -42,6 +59,7 @@ export class Sidebar {
     this.#render();
   }
 
+  /** Show a conversation no longer. */
   remove(id) {
     this.#conversations = this.#conversations.filter((conversation) => conversation.id !== id);
     this.#render();
@@ -54,7 +72,7 @@ export class Sidebar {
 
   async #loadOlder() {
     try {
-      const page = await listConversations(this.#nextCursor, PAGE_SIZE);
+      const page = await listConversations({ cursor: this.#nextCursor, limit: PAGE_SIZE, search: this.#searched });
       this.#nextCursor = page.nextCursor;
       this.#conversations.push(...page.items);
       this.#render();
@@ -63,8 +81,17 @@ export class Sidebar {
     }
   }
 
+  async #search(text) {
+    if (text === this.#searched) return;
+    this.#searched = text;
+    this.#conversations = [];
+    this.#nextCursor = null;
+    await this.refresh().catch(this.onError);
+  }
+
   #render() {
     older.hidden = !this.#nextCursor;
+    nothing.hidden = !this.#searched || this.#conversations.length > 0;
     list.replaceChildren(...this.#conversations.map((conversation) => this.#item(conversation)));
   }
 

@@ -1,10 +1,14 @@
-// The messages as elements. Text reaches the page only as text nodes: nothing a model writes becomes markup.
+// The messages as elements. What a person writes is shown as it is; what a model writes, as Markdown.
 
+import { copyFrom } from "./clipboard.js";
+import { MarkdownText } from "./markdown.js";
 import { endingLabel, modelLabel } from "./words.js";
+
+const RENDERED_AT_ONCE = 12;
 
 const template = document.getElementById("message-template");
 
-/** Text that grows by pieces and is put on the page once a frame. */
+/** Text as it is, that grows by pieces and is put on the page once a frame. */
 class GrowingText {
   #text = "";
   #scheduled = false;
@@ -50,26 +54,33 @@ class GrowingText {
 }
 
 export class MessageView {
-  constructor(message) {
+  constructor(message, lazily = false) {
     this.element = template.content.firstElementChild.cloneNode(true);
     this.element.dataset.role = message.role;
     this.who = this.element.querySelector(".who");
     this.details = this.element.querySelector(".thinking");
     this.note = this.element.querySelector(".note");
-    this.content = new GrowingText(this.element.querySelector(".content"));
+    this.actions = this.element.querySelector(".message-actions");
+    this.body = this.element.querySelector(".content");
+    this.content = new (message.role === "user" ? GrowingText : MarkdownText)(this.body);
     this.thinking = new GrowingText(this.details.querySelector(".text"));
-    this.update(message);
+    this.#button("copy").addEventListener("click", ({ target }) => copyFrom(target, this.content.value));
+    this.#button("show").addEventListener("click", () => this.#showReplaced(this.body.hidden));
+    this.update(message, lazily);
   }
 
-  /** Show a message as the server has it. */
-  update(message) {
+  /** Show a message as the server has it; `lazily`: laid out once one looks. */
+  update(message, lazily = false) {
     this.id = message.id;
+    this.sessionId = message.sessionId ?? null;
+    this.replacedBy = message.replacedBy ?? null;
     this.setAuthor(message);
-    this.content.set(message.content ?? "");
+    this.content.set(message.content ?? "", lazily);
     this.thinking.set(message.thinking ?? "");
     if (message.role === "user") return;
     if (message.status === "ACTIVE") this.setActive("");
     else this.setEnded(message);
+    this.#showReplaced(false);
   }
 
   setAuthor({ role, model }) {
@@ -96,18 +107,52 @@ export class MessageView {
   setActive(note) {
     this.element.dataset.state = "active";
     this.element.setAttribute("aria-busy", "true");
+    this.actions.hidden = true;
     this.#setNote(note);
     this.#showThinking();
   }
 
   /** As a message, a `done` event or a receipt says how it ended. */
   setEnded(ending) {
-    this.content.settle();
-    this.thinking.settle();
+    if (this.element.dataset.state === "active") {
+      this.content.settle();
+      this.thinking.settle();
+    }
+    this.ending = ending;
     this.element.dataset.state = ending.status.toLowerCase();
     this.element.removeAttribute("aria-busy");
     this.#setNote(endingLabel(ending) || (this.content.isEmpty ? "An empty answer" : ""));
     this.#showThinking();
+  }
+
+  /** What may be done with an answer that has ended: another of it only where it is the `latest`. */
+  offer({ latest, writable }) {
+    const { status, reason } = this.ending ?? {};
+    this.actions.hidden = !status || this.element.dataset.state === "active";
+    const mine = writable && this.sessionId && !this.replacedBy;
+    this.#button("continue").hidden = !mine || !latest || reason === "stop";
+    this.#button("retry").hidden = !mine || !latest;
+    this.#button("copy").hidden = this.content.isEmpty || this.body.hidden;
+  }
+
+  /** An answer in whose place another came is folded away. */
+  #showReplaced(shown) {
+    const show = this.#button("show");
+    show.hidden = !this.replacedBy;
+    if (!this.replacedBy) {
+      this.body.hidden = false;
+      delete this.element.dataset.replaced;
+      return;
+    }
+    this.element.dataset.replaced = "";
+    this.body.hidden = !shown;
+    show.textContent = shown ? "Hide the earlier answer" : "Show the earlier answer";
+    show.setAttribute("aria-expanded", String(shown));
+    this.#button("copy").hidden = !shown;
+  }
+
+  #button(name) {
+    return this.actions.querySelector(`[data-action="${name}"]`);
   }
 
   #setNote(text) {
@@ -118,19 +163,32 @@ export class MessageView {
   #showThinking() {
     const thinks = this.element.dataset.state === "active" && this.content.isEmpty;
     this.details.hidden = this.thinking.isEmpty;
-    this.details.firstElementChild.textContent = thinks ? "Thinking…" : "Thoughts";
+    const summary = this.details.firstElementChild;
+    const label = thinks ? "Thinking…" : "Thoughts";
+    if (summary.textContent !== label) summary.textContent = label;
   }
 }
 
 export class MessageList {
   #views = [];
 
-  constructor(element) {
+  /** `onAction(name, view)`: the person asks that an answer be gone on with (`continue`), or given anew (`retry`). */
+  constructor(element, { onAction }) {
     this.element = element;
+    element.addEventListener("click", ({ target }) => {
+      const action = target.closest("[data-action]")?.dataset.action;
+      const view = this.#views.find((one) => one.element.contains(target));
+      if (action === "continue" || action === "retry") onAction(action, view);
+      if (target.matches(".copy-code")) copyFrom(target, target.closest(".code").querySelector("code").textContent);
+    });
   }
 
   get isEmpty() {
     return this.#views.length === 0;
+  }
+
+  get lastId() {
+    return this.#views.at(-1)?.id ?? null;
   }
 
   add(message) {
@@ -156,13 +214,19 @@ export class MessageList {
   /** Show these messages, in this order; the one that is being followed (`untouched`) keeps its own text. */
   reconcile(messages, untouched) {
     const known = new Map(this.#views.map((view) => [view.id, view]));
-    this.#views = messages.map((message) => {
+    this.#views = messages.map((message, index) => {
+      const lazily = index < messages.length - RENDERED_AT_ONCE;
       const view = known.get(message.id);
-      if (!view) return new MessageView(message);
-      if (view !== untouched) view.update(message);
+      if (!view) return new MessageView(message, lazily);
+      if (view !== untouched) view.update(message, lazily);
       return view;
     });
     this.#arrange();
+  }
+
+  /** Offer what may be done with each answer, by somebody who may write here or may not. */
+  offer(writable) {
+    for (const view of this.#views) view.offer({ latest: view === this.#views.at(-1), writable });
   }
 
   /** Move only what is out of place: moving an element drops the reader's selection in it. */

@@ -33,7 +33,7 @@ export function modelLabel(name) {
 
 /** What an answer is waiting for; empty while it is being written. */
 export function phaseLabel({ phase, position, attempt }) {
-  if (phase === "QUEUED") return position ? `Waiting in the queue, position ${position}` : "Waiting in the queue";
+  if (phase === "QUEUED") return position ? `Waiting in the queue, ${position} ahead` : "Waiting in the queue";
   if (phase === "LOADING") return attempt > 1 ? "Going on with another worker…" : "Loading the model…";
   return "";
 }

@@ -20,6 +20,9 @@ FILES: Final = {
     "@highlightjs/cdn-assets/LICENSE": "highlight.LICENSE",
     "dompurify/dist/purify.es.mjs": "purify.js",
     "dompurify/LICENSE": "purify.LICENSE",
+    "eventsource-parser/dist/parse.js": "eventsource-parser/parse.js",
+    "eventsource-parser/dist/errors.js": "eventsource-parser/errors.js",
+    "eventsource-parser/LICENSE": "eventsource-parser/LICENSE",
     "marked/lib/marked.esm.js": "marked.js",
     "marked/LICENSE": "marked.LICENSE",
     "uplot/dist/uPlot.esm.js": "uplot.js",
@@ -40,6 +43,7 @@ def copy_vendored(target: Path = STATIC) -> None:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for source, name in FILES.items():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(modules / source, target / name)
         (target / "README.md").write_text(_listed(modules), encoding="utf-8")
 
