@@ -29,6 +29,7 @@ TABLE: Final[dict[str, tuple[str, str, str, str, str]]] = {
     "read messages": (OK, OK, OK, "not_found", "unauthenticated"),
     "read stream": (OK, OK, OK, "not_found", "unauthenticated"),
     "follow": (OK, OK, OK, "not_found", "unauthenticated"),
+    "follow with others": (OK, OK, OK, "not_found", "unauthenticated"),
     "list members": (OK, OK, OK, "not_found", "unauthenticated"),
     "send": (OK, OK, "forbidden", "not_found", "unauthenticated"),
     "continue": (OK, OK, "forbidden", "not_found", "unauthenticated"),
@@ -40,8 +41,10 @@ TABLE: Final[dict[str, tuple[str, str, str, str, str]]] = {
     "remove member": (OK, "forbidden", "forbidden", "not_found", "unauthenticated"),
 }
 STATUS: Final = {"unauthenticated": 401, "forbidden": 403, "csrf_failed": 403, "not_found": 404}
-NOT_IN_GRAPHQL: Final = frozenset({"list members", "rename", "delete", "set member", "remove member"})
-READING: Final = frozenset({"read conversation", "read messages", "read stream", "follow", "list members"})
+NOT_IN_GRAPHQL: Final = frozenset({"follow with others", "list members", "rename", "delete", "set member", "remove member"})
+READING: Final = frozenset(
+    {"read conversation", "read messages", "read stream", "follow", "follow with others", "list members"}
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def rest_call(place: Place, action: str) -> tuple[str, str, Any]:
         "read messages": ("GET", f"{chat}/messages", None),
         "read stream": ("GET", stream, None),
         "follow": ("GET", f"{stream}/events", None),
+        "follow with others": ("GET", f"/api/streams/events?streams={place.ended}", None),
         "list members": ("GET", f"{chat}/members", None),
         "send": ("POST", "/api/stream-message", {"content": "x", "conversationId": str(place.conversation_id)}),
         "continue": ("POST", f"{stream}/continue", None),
@@ -148,7 +152,7 @@ def by_graphql(caller: Caller, place: Place, action: str) -> str:
 
 
 def _accepted(action: str) -> str:
-    return "text/event-stream" if action == "follow" else "application/json"
+    return "text/event-stream" if action.startswith("follow") else "application/json"
 
 
 def rest_verdict(answer: TestResponse) -> str:

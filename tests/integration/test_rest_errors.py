@@ -17,7 +17,8 @@ from tests.integration.world import CLOSED_REDIS, WORLD_TEXT, World
 from webapp import errors
 from webapp.errors import SluicegateError
 from webapp.models import Role, new_id
-from webapp.streams.events import done_position
+from webapp.schemas import FOLLOWED_LIMIT
+from webapp.streams.events import decode_events, done_position
 from webapp.streams.lifecycle import TerminationReason
 
 SEND, TERMINATE, CONVERSATIONS = "/api/stream-message", "/api/terminate-stream", "/api/conversations"
@@ -338,6 +339,7 @@ class TestWhatCannotBeSeen:
         ("write in it", lambda one, chat, _: one.send(conversationId=str(chat))),
         ("look at a stream", lambda one, _, stream: one.get(f"/api/streams/{stream}")),
         ("follow it", lambda one, _, stream: one.get(f"/api/streams/{stream}/events")),
+        ("follow it with others", lambda one, _, stream: one.get(f"/api/streams/events?streams={stream}")),
         ("terminate it", lambda one, _, stream: one.terminate(stream)),
         ("terminate it by both", lambda one, chat, stream: one.terminate(stream, conversationId=str(chat))),
     )
@@ -427,6 +429,58 @@ class TestCursors:
         cursor = str(done_position(len(WORLD_TEXT)))
         answer = ada.get(f"/api/streams/{ended}/events?lastEventId=0-0", headers={"Last-Event-ID": cursor})
         assert answer.status_code == 204
+
+
+class TestSeveralStreams:
+    """Over one connection: each named before its events, each from its own cursor."""
+
+    @pytest.fixture
+    def ended(self, ada: Caller, world: World) -> list[UUID]:
+        workers = [world.run(), world.run()]
+        for worker, text in zip(workers, ("one", "two"), strict=True):
+            worker.say(text)
+            worker.end()
+        return [worker.session_id for worker in workers]
+
+    def test_each_is_told_from_its_own_cursor(self, ada: Caller, ended: list[UUID]) -> None:
+        answer = ada.get(f"/api/streams/events?streams={ended[0]},{ended[1]}:1-0")
+        assert (answer.status_code, answer.mimetype) == (200, "text/event-stream")
+        told: dict[str, list[tuple[str, Any]]] = {str(one): [] for one in ended}
+        stands_at = {str(ended[0]): "0-0", str(ended[1]): "1-0"}
+        for event in decode_events(answer.data):
+            if event.kind == "stream":
+                named = event.data["sessionId"]
+                assert event.id == stands_at[named]
+                continue
+            stands_at[named] = event.id or stands_at[named]
+            told[named].append((event.kind, event.data.get("content")))
+        assert told == {
+            str(ended[0]): [("session", None), ("message", "one"), ("done", None)],
+            str(ended[1]): [("session", None), ("message", "wo"), ("done", None)],
+        }
+        assert set(stands_at.values()) == {str(done_position(3))}
+
+    def test_who_has_had_them_all_gets_nothing(self, ada: Caller, ended: list[UUID]) -> None:
+        have = ",".join(f"{one}:{done_position(3)}" for one in ended)
+        assert (ada.get(f"/api/streams/events?streams={have}").status_code) == 204
+
+    def test_who_has_had_one_gets_the_other(self, ada: Caller, ended: list[UUID]) -> None:
+        answer = ada.get(f"/api/streams/events?streams={ended[0]}:{done_position(3)},{ended[1]}")
+        assert (str(ended[0]) in answer.text, '"two"' in answer.text) == (False, True)
+
+    def test_what_is_no_list_of_streams_is_refused(self, ada: Caller, ended: list[UUID]) -> None:
+        many = ",".join(str(new_id()) for _ in range(FOLLOWED_LIMIT + 1))
+        for asked in ("", "x", f"{ended[0]},", f"{ended[0]}:x", f"{ended[0]};{ended[1]}", many):
+            problem(ada.get(f"/api/streams/events?streams={asked}"), 422, "invalid", field="streams")
+        problem(ada.get("/api/streams/events"), 422, "invalid", field="streams")
+        twice = problem(ada.get(f"/api/streams/events?streams={ended[0]},{ended[0]}:1-0"), 422, "invalid")
+        assert "once" in twice["detail"] + str(twice["errors"])
+        problem(ada.get(f"/api/streams/events?streams={ended[0]}:4-0"), 400, "invalid_cursor")
+
+    def test_one_that_is_not_there_is_named(self, ada: Caller, ended: list[UUID]) -> None:
+        nobody = new_id()
+        document = problem(ada.get(f"/api/streams/events?streams={ended[0]},{nobody}"), 404, "not_found")
+        assert str(nobody) in document["detail"]
 
 
 class TestPaths:

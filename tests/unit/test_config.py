@@ -120,6 +120,8 @@ class TestRefusals:
             ("PORT", "70000"),
             ("REDIS_URL", "http://h"),
             ("OLLAMA_BASE_URL", "ftp://h"),
+            ("SLUICEGATE_FLOWER_URL", "h:5555"),
+            ("SLUICEGATE_FLOWER_URL", "javascript:alert(1)"),
             ("SLUICEGATE_WORKER_CONCURRENCY", "0"),
             ("SLUICEGATE_ON_WORKER_LOST", "panic"),
         ],
@@ -142,6 +144,7 @@ class TestMasking:
         ("OLLAMA_BASE_URL", "https://u:hush@h"),
         ("SLUICEGATE_SECRET_KEY", "hush"),
         ("SLUICEGATE_FLOWER_BASIC_AUTH", "u:hush"),
+        ("SLUICEGATE_FLOWER_URL", "https://u:hush@h"),
     )
 
     def test_no_secret_is_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,8 +245,9 @@ class Follower:
         """The rest of a session that has ended, from the committed text."""
         _, thinking, content, data = self._queries.final_text(self.session_id)
         start = min(self._cursor.offset, len(thinking) + len(content))
-        yield from _text_events(THINKING, thinking, start, 0)
-        yield from _text_events(MESSAGE, content, start, len(thinking))
+        for kind, text, base in ((THINKING, thinking, 0), (MESSAGE, content, len(thinking))):
+            for self._cursor, event in _text_events(kind, text, start, base):
+                yield event
         position = done_position(len(thinking) + len(content))
         self._cursor, self._finished = position, True
         yield encode_event(DONE, data, position)
@@ -323,8 +324,9 @@ def check_cursor(cursor: Position, session: SessionView) -> bool:
     return cursor != done_position(total)
 
 
-def _text_events(kind: str, text: str, cursor: int, base: int) -> Iterator[bytes]:
-    """The events of one kind of text that begins at offset `base`, beyond a cursor."""
+def _text_events(kind: str, text: str, cursor: int, base: int) -> Iterator[tuple[Position, bytes]]:
+    """The events of one kind of text that begins at offset `base`, beyond a cursor, each with its position."""
     for start in range(max(0, cursor - base), len(text), REPLAY_CODE_POINTS):
         piece = text[start : start + REPLAY_CODE_POINTS]
-        yield encode_json_event(kind, {"content": piece}, Position(base + start + len(piece), 0))
+        position = Position(base + start + len(piece), 0)
+        yield position, encode_json_event(kind, {"content": piece}, position)

@@ -46,6 +46,7 @@ async function look() {
   showTiles(now);
   drawLive();
   trouble("overview", "");
+  element("beat").dataset.state = "live";
   element("beat").textContent = `Updated ${clock(now.at)}`;
 }
 
@@ -184,7 +185,7 @@ function trouble(kind, text) {
   const lines = [...new Set([...troubles.values()].filter(Boolean))];
   element("trouble").textContent = lines.join(" · ");
   element("trouble").hidden = !lines.length;
-  if (kind === "overview") element("beat").dataset.state = text ? "lost" : "live";
+  if (kind === "overview" && text) element("beat").dataset.state = "lost";
   if (kind === "overview" || text) announce(text || "Sluicegate answers again");
 }
 

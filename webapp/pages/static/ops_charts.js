@@ -6,6 +6,7 @@ import uPlot from "./vendor/uplot.js";
 const HEIGHT = 168;
 const FONT = "11px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
 const BAR = { size: [0.82, 48] };
+const LABEL_PIXELS = 36;
 const SECONDS_SHOWN_BELOW = 600;
 const darkness = matchMedia("(prefers-color-scheme: dark)");
 const charts = new Set();
@@ -116,7 +117,7 @@ export class Chart {
           space: 64,
           grid: { show: false },
           ...(labels
-            ? { splits: () => labels.map((_, index) => index), values: () => labels }
+            ? { splits: () => labels.map((_, index) => index), values: (chart) => thinned(labels, chart.width) }
             : { values: (_, moments) => moments.map((moment) => this.#clock(moment)) }),
         },
         {
@@ -193,6 +194,12 @@ function colour(property) {
   const { color } = getComputedStyle(probe);
   probe.remove();
   return color;
+}
+
+/** Labels that have room: every second one, where not all of them do. */
+function thinned(labels, width) {
+  const each = width < labels.length * LABEL_PIXELS ? 2 : 1;
+  return labels.map((label, index) => (index % each ? "" : label));
 }
 
 function clock(moment, withSeconds) {
