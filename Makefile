@@ -84,7 +84,7 @@ model: install ## Check the model of the protocol; needs spin and a C compiler
 	$(BIN)/python docs/model/check.py
 
 # Each of these has a target `bench-…`; one whose bound is missed hinders no other.
-BENCHES := stability reaper $(patsubst bench/%.py,%,$(wildcard bench/scale.py)) lost-worker speed work
+BENCHES := page stability reaper $(patsubst bench/%.py,%,$(wildcard bench/scale.py)) lost-worker speed work
 
 .PHONY: bench
 bench: ## Run all benches one after another, half an hour; `make chaos` and `make fuzz` are not among them
@@ -113,6 +113,14 @@ bench-lost-worker: install ## Measure how soon the streams of a killed worker go
 .PHONY: bench-speed
 bench-speed: install ## Measure what tokens, stops and streams cost beside others; ARGS="--short --only stops"
 	$(BIN)/python -m bench.speed $(ARGS)
+
+.PHONY: bench-page
+bench-page: install ## Measure the chat page in a browser: stop to screen, token to paint, frames; ARGS="--short"
+	$(BIN)/python -m bench.page $(ARGS)
+
+.PHONY: screenshots
+screenshots: bench-extra ## Take the pictures in docs/images anew
+	$(BIN)/python -m docs.images.take
 
 .PHONY: bench-extra
 bench-extra: install

@@ -41,7 +41,9 @@ TABLE: Final[dict[str, tuple[str, str, str, str, str]]] = {
     "remove member": (OK, "forbidden", "forbidden", "not_found", "unauthenticated"),
 }
 STATUS: Final = {"unauthenticated": 401, "forbidden": 403, "csrf_failed": 403, "not_found": 404}
-NOT_IN_GRAPHQL: Final = frozenset({"follow with others", "list members", "rename", "delete", "set member", "remove member"})
+NOT_IN_GRAPHQL: Final = frozenset(
+    {"follow with others", "list members", "rename", "delete", "set member", "remove member"}
+)
 READING: Final = frozenset(
     {"read conversation", "read messages", "read stream", "follow", "follow with others", "list members"}
 )

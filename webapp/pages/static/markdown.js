@@ -14,7 +14,7 @@ const SETTLED_LIMIT = 65_536;
 const HIGHLIGHT_LIMIT = 30_000;
 const PLAIN_CHUNK = 4096;
 const HEADINGS_BELOW = 2; // the page has its own first and second
-const REST = 3; // after laying out for some time, so many times as long is left to others
+const REST = 1; // after laying out for some time, so many times as long is left to others
 
 // Embeddings, overrides and isolates, which show a text in another order than it is written in.
 const DIRECTION_CONTROL = /[\u202a-\u202e\u2066-\u2069]/;

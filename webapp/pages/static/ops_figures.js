@@ -3,6 +3,7 @@
 const SAMPLES_KEPT = 5_400;
 const FIRST_TOKEN_SECONDS = 60;
 const SHORTEST_RANGE_SECONDS = 120;
+const SHORTEST_SECONDS = 1;
 const GAP_SECONDS = 30;
 
 export class LiveFigures {
@@ -15,7 +16,8 @@ export class LiveFigures {
   add(at, figures) {
     const moment = Date.parse(at) / 1000;
     const before = this.#looks.at(-1);
-    if (before && moment <= before.moment) return;
+    // What little came between two looks that follow each other closely tells nothing.
+    if (before && moment - before.moment < SHORTEST_SECONDS) return;
     this.#last = moment;
     this.rates = rates(before, figures && { moment, ...figures });
     if (before && moment - before.moment > GAP_SECONDS) this.#push(before.moment + 1, null, null, null);

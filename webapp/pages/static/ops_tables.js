@@ -3,6 +3,7 @@
 
 import { NOTHING, brief, compact, duration, moment, number, spoken, timing } from "./ops_words.js";
 
+const SHORTEST_SECONDS = 1;
 const FULL_SHARE = 0.9;
 const STOPPED_SHOWN_MILLISECONDS = 5_000;
 
@@ -24,9 +25,10 @@ class Table {
     let next = this.body.firstElementChild;
     for (const [key, item] of wanted) {
       let row = this.rows.get(key);
-      if (!row) this.rows.set(key, (row = this.makeRow(item)));
+      const shown = row !== undefined;
+      if (!shown) this.rows.set(key, (row = this.makeRow(item)));
       row.show(item);
-      while (next && next !== row.element && !wanted.has(next.dataset.key)) next = next.nextElementSibling;
+      while (shown && next && next !== row.element && !wanted.has(next.dataset.key)) next = next.nextElementSibling;
       if (next === row.element) next = next.nextElementSibling;
       else this.body.insertBefore(row.element, next);
       row.element.dataset.key = key;
@@ -116,8 +118,10 @@ class StreamRow extends Row {
   /** Code points a second since the look before. */
   #rate(length, ageSeconds) {
     const before = this.#before;
+    // Two looks that follow each other closely tell nothing.
+    if (before && ageSeconds - before.ageSeconds < SHORTEST_SECONDS) return this.cells.rate.textContent;
     this.#before = { length, ageSeconds };
-    if (!before || ageSeconds <= before.ageSeconds) return NOTHING;
+    if (!before) return NOTHING;
     return `${compact(Math.max(0, length - before.length) / (ageSeconds - before.ageSeconds))}/s`;
   }
 
