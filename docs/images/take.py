@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import Browser, BrowserContext, expect
 
 from tests.functional.browsing import PHONE, ChatPage, chromium
@@ -36,7 +36,7 @@ OTHERS: Final = (
 TOKENS_PER_SECOND: Final = 30
 TRAFFIC_SECONDS: Final = 25
 FRAMES_BEFORE_STOP: Final = 26
-FRAMES_AFTER_STOP: Final = 4
+FRAMES_AFTER_STOP: Final = 6
 FRAME_MILLISECONDS: Final = 130
 REST_MILLISECONDS: Final = 2200
 MOVING_WIDTH: Final = 860
@@ -126,9 +126,9 @@ def _ops(browser: Browser, stack: Stack, scheme: str) -> None:
     ):
         for page in (phone.page, chat.page):
             page.goto(f"{chat.base_url}/ops")
-            page.get_by_role("button", name="15 min").click()
+            page.get_by_role("radio", name="15 min").check()
         chat.page.wait_for_timeout(TRAFFIC_SECONDS * 1000)  # so that what begins with the page has something to show
-        chat.page.screenshot(path=HERE / f"ops-{scheme}.png")
+        chat.page.screenshot(path=HERE / f"ops-{scheme}.png", full_page=True)
         phone.page.screenshot(path=HERE / f"ops-phone-{scheme}.png")
 
 
@@ -166,8 +166,8 @@ def _stop(browser: Browser, stack: Stack) -> None:
             chat.page.wait_for_timeout(FRAME_MILLISECONDS)
         chat.page.keyboard.press("Escape")
         chat.expect_ended("Stopped")
-        for _ in range(FRAMES_AFTER_STOP):
-            frames.append(_frame(chat))
+        frames += [_with_key(_frame(chat), "Esc")] * FRAMES_AFTER_STOP
+        frames.append(_frame(chat))
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [REST_MILLISECONDS]
     frames[0].save(
         HERE / "stop.webp",
@@ -184,6 +184,16 @@ def _frame(chat: ChatPage) -> Image.Image:
     image = Image.open(io.BytesIO(chat.page.screenshot())).convert("RGB")
     height = round(image.height * MOVING_WIDTH / image.width)
     return image.resize((MOVING_WIDTH, height), Image.Resampling.LANCZOS)
+
+
+def _with_key(image: Image.Image, key: str) -> Image.Image:
+    """The picture with the key that has just been pressed."""
+    shown = image.copy()
+    draw = ImageDraw.Draw(shown)
+    middle, top = shown.width * 0.61, shown.height * 0.56
+    draw.rounded_rectangle((middle - 52, top, middle + 52, top + 58), 12, fill="#22302f")
+    draw.text((middle, top + 28), key, fill="white", font=ImageFont.load_default(26), anchor="mm")
+    return shown
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ function showTiles({ population, streams, workers, workerConcurrency, figures })
   const silent = workers.filter((one) => one.state === "silent").length;
   const unknown = workers.some((one) => one.state === "unknown");
   tile("tile-active", number(active), loading ? `${number(loading)} loading` : "all hosts");
-  tile("tile-queued", number(queued), queued && waiting.length ? `longest ${duration(Math.max(...waiting))}` : "nobody waits", queued ? "notable" : "");
+  const longest = waiting.length ? `longest ${duration(Math.max(...waiting))}` : "just now";
+  tile("tile-queued", number(queued), queued ? longest : "nobody waits", queued ? "notable" : "");
   tile("tile-readers", figures ? number(figures.readers) : NOTHING, "this host");
   const { tokens, characters } = live.rates;
   tile("tile-tokens", tokens === null ? NOTHING : compact(tokens), characters === null ? "this host" : `${compact(characters)} characters/s`);
