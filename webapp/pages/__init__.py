@@ -124,7 +124,7 @@ def swagger_ui(name: str) -> Response:
 @pages.after_request
 def set_security_headers(response: Response) -> Response:
     """No script or style but ours, and no address with a token in it told to anybody."""
-    trusted_types = _TRUSTED_TYPES if request.endpoint == "pages.chat" else ""
+    trusted_types = _TRUSTED_TYPES if request.endpoint in ("pages.chat", "pages.ops") else ""
     response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY + trusted_types
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
