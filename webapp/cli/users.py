@@ -10,7 +10,7 @@ def users() -> None:
     """Create, list and disable users, and give them new tokens."""
 
 
-@users.command()
+@users.command(short_help="Create the user NAME and print the API token.")
 @click.argument("name")
 @click.option("--operator", is_flag=True, help="One who sees and stops everybody's streams, on the page /ops.")
 def create(name: str, operator: bool) -> None:
@@ -56,7 +56,7 @@ def disable(name: str) -> None:
     click.echo(f"{name} is disabled")
 
 
-@users.command()
+@users.command(short_help="Make NAME an operator, who sees and stops all streams.")
 @click.argument("name")
 @click.option("--revoke", is_flag=True, help="Take the role away again.")
 def operator(name: str, revoke: bool) -> None:
