@@ -16,7 +16,7 @@ from flask_wtf.csrf import CSRFError, CSRFProtect
 from webapp.accounts import Accounts
 from webapp.config import Settings
 from webapp.conversations import Conversations
-from webapp.errors import CSRFFailed, Forbidden, OperatorsOnly, Unauthenticated
+from webapp.errors import CSRFFailed, Forbidden, Unauthenticated
 from webapp.logs import bind
 from webapp.models import Role
 from webapp.views import ConversationView, UserView
@@ -78,7 +78,7 @@ def require_operator() -> UserView:
     """Who is asking, where that is an operator.
 
     Raises:
-        OperatorsOnly: the user is none. Otherwise as `require_user`.
+        Forbidden: the user is none. Otherwise as `require_user`.
     """
     user = require_user()
     permit_operator(user)
@@ -86,9 +86,9 @@ def require_operator() -> UserView:
 
 
 def permit_operator(user: UserView) -> None:
-    """Raises `OperatorsOnly` where a user may not see to what others do."""
+    """Raises `Forbidden` where a user may not see to what others do."""
     if not user.operator:
-        raise OperatorsOnly(f"You are no operator: ask for `sluicegate users operator {user.name}`")
+        raise Forbidden(f"You are no operator: ask for `sluicegate users operator {user.name}`")
 
 
 def current_user() -> UserView | None:

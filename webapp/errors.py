@@ -43,11 +43,7 @@ class Unauthenticated(SluicegateError):
 
 
 class Forbidden(SluicegateError):
-    code, status, title = "forbidden", 403, "Your role in this conversation does not permit this"
-
-
-class OperatorsOnly(Forbidden):
-    title = "This is for operators"
+    code, status, title = "forbidden", 403, "Your role does not permit this"
 
 
 class CSRFFailed(Forbidden):

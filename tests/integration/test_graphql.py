@@ -57,6 +57,12 @@ def conversation_of(world: World, session_id: UUID) -> str:
     return str(world.row(session_id).conversation_id)
 
 
+def in_graphql(conversation: dict[str, Any]) -> dict[str, Any]:
+    """A conversation as REST tells it, without what GraphQL has no field for: by it the page sees that something is
+    new, for which GraphQL's clients ask for the messages' ids."""
+    return {name: value for name, value in conversation.items() if name != "lastMessageId"}
+
+
 class TestEqualsREST:
     """Field by field: each type has the fields of REST's object, no more and no fewer, with the same values."""
 
@@ -87,7 +93,7 @@ class TestEqualsREST:
         found = ada.ask(query, id=str(session.conversation_id))
         path = f"/api/conversations/{session.conversation_id}"
         messages, members = found.pop("messages"), found.pop("members")
-        assert found == rest.get(path).get_json()
+        assert found == in_graphql(rest.get(path).get_json())
         assert messages == rest.get(f"{path}/messages").get_json()["items"]
         assert len(messages) == 2
         assert members == rest.get(f"{path}/members").get_json()["items"]
@@ -135,7 +141,7 @@ class TestMutations:
         made = ada.ask(query, title="Locks")
         assert made["title"] == "Locks"
         seen = rest.get(f"/api/conversations/{made['id']}").get_json()
-        assert made == {name: value for name, value in seen.items() if name != "activeStreams"}
+        assert made == {name: value for name, value in in_graphql(seen).items() if name != "activeStreams"}
         assert ada.ask("mutation {createConversation {title}}")["title"] == "New conversation"
 
     def test_send(self, ada: Asker, rest: Caller, world: World) -> None:

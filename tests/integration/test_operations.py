@@ -91,7 +91,7 @@ class TestWhoMay:
     def test_nobody_but_an_operator(self, people: People, method: str, path: str, body: Any) -> None:
         problem(people.stranger().call(method, path, json=body), 401, "unauthenticated")
         document = problem(people("bob").call(method, path, json=body), 403, "forbidden")
-        assert document["title"] == "This is for operators"
+        assert document["title"] == "Your role does not permit this"
         assert "sluicegate users operator bob" in document["detail"]
 
     def test_the_role_counts_from_the_next_request_on(self, olga: Caller, world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import threading
 import time
@@ -61,19 +62,41 @@ def watch(session_id: UUID, from_now: bool, as_json: bool) -> int:
     logging.getLogger("webapp.streams").setLevel(logging.ERROR)  # what it waits for is said here
     session = _find(services, session_id)
     reader = _EventLines(services, session) if as_json else _Reader(services, session)
+    follower = _follower(services, session, from_now=from_now)
+    interrupted = _closed_by_ctrl_c(follower)
     try:
-        events = cast("Generator[bytes, None, None]", _follower(services, session, from_now=from_now).events())
+        events = cast("Generator[bytes, None, None]", follower.events())
         with closing(events) as pieces:  # which says that this viewer leaves
             for piece in pieces:
                 reader.take(piece)
-    except KeyboardInterrupt:
-        reader.leave()
-        return _INTERRUPTED
+        if interrupted.is_set() and not reader.ending:
+            reader.leave()
+            return _INTERRUPTED
     finally:
         reader.status.clear()
         if not reader.ending:
             _let_go(services.hub)
     return 0 if reader.ending.get("status") == "COMPLETED" else _NOT_COMPLETED
+
+
+def _closed_by_ctrl_c(follower: Follower) -> threading.Event:
+    """Have Ctrl-C end the follower; a second one ends the command. The event is set with the first.
+
+    An exception that may come at any point could come where a library drops it. And the closing is a thread's: the one
+    that is interrupted may hold the very lock that this takes.
+    """
+    interrupted = threading.Event()
+
+    def close() -> None:
+        interrupted.set()
+        follower.close()
+
+    def on_ctrl_c(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=close, daemon=True).start()
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    return interrupted
 
 
 def _find(services: Services, session_id: UUID) -> SessionView:

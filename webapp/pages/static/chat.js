@@ -99,6 +99,7 @@ export class Chat {
     const live = this.#begin(goesOn ? view : this.messages.add({ role: "assistant", status: "ACTIVE" }));
     if (goesOn) view.setActive("");
     this.scroll.toEnd();
+    this.composer.focus(); // the button that was pressed is gone
     try {
       const started = await api.runAgain(action, view.sessionId, randomKey());
       live.sessionId = live.view.sessionId = started.sessionId;
