@@ -50,10 +50,10 @@ run: install ## Run everything; PORT=9000 for another port
 	@$(BIN)/sluicegate up
 
 .PHONY: test
-# Two at a time, a file of tests each: most of the time they wait. ARGS="-n 0" runs one after another. In the order of
+# Three at a time, a file of tests each: half of the time they wait. ARGS="-n 0" runs one after another. In the order of
 # `testpaths`: the long files first, or one process would be alone with the last of them.
 test: install ## Run the unit, integration and functional tests; ARGS="-k stop" for some
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-long
 # The same tests as `make test` has, where that has seconds.
