@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 import time
 from typing import Any, Final
@@ -99,5 +100,11 @@ def _prepare(sender: Any, **_: object) -> None:
     def on_revoked(request: Any, **_: object) -> None:
         gevent.spawn(own.on_revoked, request.id)
 
+    celerys_own = signal.getsignal(signal.SIGQUIT)
+
+    def on_quit(*arguments: Any) -> None:
+        gevent.spawn(celerys_own, *arguments)  # it asks the broker to deliver no more, and waits for it
+
+    signal.signal(signal.SIGQUIT, on_quit)
     worker_shutting_down.connect(on_shutting_down, weak=False)
     task_revoked.connect(on_revoked, weak=False)

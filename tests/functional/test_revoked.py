@@ -86,7 +86,9 @@ class TestAtEveryStep:
         steps = dict(struck.told["undisturbed"]["steps"])
         assert {"waiting after connect", "waiting after text", "after commit, in its transaction"} <= steps.keys()
         assert len(struck.told["results"]) > len(steps) + 1
-        assert all(run["struckWhile"] for run in struck.told["results"])
+        missed = {run["target"].rpartition(",")[0] for run in struck.told["results"] if not run["struckWhile"]}
+        # Of texts there are fewer in a run on a busy machine: it reads several at once.
+        assert missed <= {"before text", "after text", "waiting after text"}
         while_running = {run["target"] for run in struck.told["results"] if run["struckWhile"] == "running"}
         assert {"the start, 1", "after claim, 1", "before text, 2", "before end, 1"} <= while_running
         assert {"before fence, 1", "before commit, 1", "after done, 1"}.isdisjoint(while_running)

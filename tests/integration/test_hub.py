@@ -222,6 +222,17 @@ class TestALiveStream:
         assert reader.finish().done == resumed.finish().done
         assert [event.name for event in resumed.events] == ["session", "done"]
 
+    def test_its_place_is_told_again_while_it_waits(self, world_with: MakeWorld, read: Readers) -> None:
+        world = world_with(keepalive_seconds=0.05)
+        first, second = world.start().session_id, world.start().session_id
+        reader = read(world, second)
+        wait_until(lambda: len(reader.events) > 2)
+        assert {event.data.get("position") for event in reader.events[1:]} == {1}
+        world.manager.terminate(first, USER)
+        wait_until(lambda: reader.events[-1].data.get("position") == 0)
+        world.manager.terminate(second, USER)
+        assert [event.position for event in reader.finish().events[:-1]] == [None] * (len(reader.events) - 1)
+
     def test_whoever_joins_late_gets_what_was_and_what_comes(self, world: World, read: Readers) -> None:
         worker = world.run()
         text = write(worker, 30)

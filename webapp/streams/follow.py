@@ -186,7 +186,7 @@ class Follower:
                 if piece := b"".join(self._advance(item.entry, item.encoded) for item in items):
                     yield piece
                 elif not items and signal is None:
-                    yield COMMENT
+                    yield self._sign_of_life()
                 if self._gap:
                     return
                 if signal is Signal.ENDED and not self._finished:
@@ -198,6 +198,13 @@ class Follower:
         finally:
             self._subscription = None
             self._hub.detach(self.session_id, subscription)
+
+    def _sign_of_life(self) -> bytes:
+        """A comment; while the session waits in the queue its place, which has changed."""
+        if self._session.phase is StreamPhase.QUEUED and self._cursor == START:
+            with suppress(Unavailable):
+                return self._queued()
+        return COMMENT
 
     def _advance(self, entry: LogEntry, encoded: bytes | None) -> bytes:
         """The entry's event, or what of it lies beyond the cursor, or nothing; moves the cursor."""

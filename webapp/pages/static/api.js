@@ -41,7 +41,7 @@ export const runAgain = (action, sessionId, idempotencyKey) =>
 
 /** The receipt is the same however often it is asked for. */
 export const terminateStream = (sessionId, conversationId) =>
-  persistently(() => request("POST", "/api/terminate-stream", { sessionId, conversationId }));
+  persistently(() => request("POST", "/api/terminate-stream", { sessionId, conversationId }), { patiently: true });
 
 async function request(method, url, body, headers = {}) {
   let response;
@@ -76,15 +76,20 @@ async function problem(response) {
   });
 }
 
-/** Try again where that may help; a server that names the time to wait leaves the choice to the person. */
-async function persistently(call) {
+/**
+ * Try again where that may help; a server that names the time to wait leaves the choice to the person, unless they want
+ * it `patiently`: a stop that is on record already, whose receipt is still to come.
+ */
+async function persistently(call, { patiently = false } = {}) {
   for (const pause of RETRY_AFTER_MILLISECONDS) {
+    let waitMilliseconds = pause;
     try {
       return await call();
     } catch (error) {
-      if (!MAYBE_PASSING.has(error.status) || error.retryAfterSeconds) throw error;
+      if (!MAYBE_PASSING.has(error.status) || (error.retryAfterSeconds && !patiently)) throw error;
+      waitMilliseconds = Math.max(pause, 1000 * (error.retryAfterSeconds ?? 0));
     }
-    await new Promise((resolve) => setTimeout(resolve, pause));
+    await new Promise((resolve) => setTimeout(resolve, waitMilliseconds));
   }
   return call();
 }

@@ -104,6 +104,14 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("popstate", () => chat.open(idInAddress()));
 
+// Who signs in in this browser is who every call is made for from then on, in all of its tabs.
+const tabs = new BroadcastChannel("sluicegate");
+const me = document.body.dataset.user;
+tabs.addEventListener("message", ({ data }) => {
+  if ("user" in data && data.user !== me) location.reload();
+});
+tabs.postMessage({ user: me });
+
 sidebar.refresh().catch(fail);
 loadModels();
 chat.open(idInAddress());

@@ -86,7 +86,12 @@ export class Chat {
       if (live.stopping) this.#terminate(live, started.conversationId);
       this.onStarted(started.conversationId);
     } catch (error) {
-      if (live === this.#live) this.#takeBack(live, question, content, error);
+      if (live === this.#live) {
+        this.#takeBack(live, question, content, error);
+      } else {
+        this.composer.giveBack(content);
+        showNotice(`It could not be sent. ${error.message}`);
+      }
     }
   }
 
@@ -108,12 +113,14 @@ export class Chat {
       tabs.postMessage({ changed: started.conversationId });
       if (live !== this.#live) return;
       if (!goesOn) await this.#load(started.conversationId);
+      if (live !== this.#live) return;
       this.#goOn(live, started);
       if (live.stopping) this.#terminate(live, started.conversationId);
     } catch (error) {
       if (live !== this.#live) return;
       this.#live = null;
-      if (!goesOn) this.messages.remove(live.view);
+      if (goesOn) view.setEnded(view.ending);
+      else this.messages.remove(live.view);
       this.#setIdle();
       showNotice(error.message);
       this.refresh();
@@ -123,7 +130,7 @@ export class Chat {
   /** Stop the answer; before the server has said which session it is, as soon as it does. */
   stop() {
     const live = this.#live;
-    if (!live || live.stopping) return;
+    if (!live || live.stopping || this.#conversation?.role === "viewer") return;
     live.stopping = true;
     this.composer.setState("stopping");
     announce("Stopping");
@@ -202,7 +209,7 @@ export class Chat {
     const live = { view, sessionId: null, stopping: false, started: false, note: "", leave: null };
     this.#live = live;
     this.empty.hidden = true;
-    this.composer.setState("active");
+    this.composer.setState(this.#conversation?.role === "viewer" ? "readOnly" : "active");
     this.messages.offer(false);
     return live;
   }
@@ -243,13 +250,14 @@ export class Chat {
       live.started = true;
       append(piece);
     };
-    const setNote = (note) => {
-      live.note = note;
+    const show = (note) => {
+      if (note && !view.isNoted(note)) announce(note);
       view.setActive(note);
     };
+    const setNote = (note) => show((live.note = note));
     live.leave = followStream(live.sessionId, {
-      connected: () => view.setActive(live.note),
-      disconnected: () => view.setActive(navigator.onLine ? RECONNECTING : OFFLINE),
+      connected: () => show(live.note),
+      disconnected: () => show(navigator.onLine ? RECONNECTING : OFFLINE),
       session: ({ model }) => view.setAuthor({ role: "assistant", model }),
       phase: (data) => setNote(phaseLabel(data)),
       thinking: write((piece) => view.appendThinking(piece)),

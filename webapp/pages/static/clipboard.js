@@ -4,7 +4,7 @@ const COPIED_MILLISECONDS = 1600;
 
 /** Copy a text, and have the button show for a moment that it did. */
 export async function copyFrom(button, text) {
-  const label = button.textContent;
+  const label = (button.dataset.label ??= button.textContent);
   try {
     await write(text);
     button.textContent = "Copied";
@@ -17,6 +17,7 @@ export async function copyFrom(button, text) {
 async function write(text) {
   // Browsers offer the clipboard only over HTTPS and on localhost.
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const focused = document.activeElement;
   const box = document.createElement("textarea");
   box.value = text;
   box.className = "unseen";
@@ -24,5 +25,6 @@ async function write(text) {
   box.select();
   const copied = document.execCommand("copy");
   box.remove();
+  focused?.focus();
   if (!copied) throw new Error("not copied");
 }

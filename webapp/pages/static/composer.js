@@ -2,6 +2,18 @@
 
 const element = (id) => document.getElementById(id);
 
+/** What is in the box when the page goes, as to the sign-in page; for the same person, in the same tab. */
+const draft = {
+  key: `sluicegate.draft.${document.body.dataset.user}`,
+  load() {
+    return sessionStorage.getItem(this.key) ?? "";
+  },
+  save(text) {
+    if (text) sessionStorage.setItem(this.key, text);
+    else sessionStorage.removeItem(this.key);
+  },
+};
+
 export class Composer {
   #state = "idle";
 
@@ -20,6 +32,8 @@ export class Composer {
     });
     this.prompt.addEventListener("keydown", (event) => this.#sendOnEnter(event));
     this.prompt.addEventListener("input", () => this.#fit());
+    this.prompt.value ||= draft.load();
+    addEventListener("pagehide", () => draft.save(this.prompt.value));
     this.stop.addEventListener("click", onStop);
     // The browser may have put back what was written before a reload.
     addEventListener("pageshow", () => this.#fit());
@@ -49,9 +63,9 @@ export class Composer {
     return text;
   }
 
-  /** Put back what could not be sent, unless something else was written meanwhile. */
+  /** Put back what could not be sent, before what was written meanwhile. */
   giveBack(text) {
-    if (!this.prompt.value) this.prompt.value = text;
+    this.prompt.value = this.prompt.value ? `${text}\n\n${this.prompt.value}` : text;
     this.#fit();
     this.focus();
   }

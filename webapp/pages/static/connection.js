@@ -14,6 +14,8 @@ const SILENCE_MILLISECONDS = 45_000;
 const SUSPICIOUS_MILLISECONDS = 20_000;
 // Several pages may begin, or leave, in one moment.
 const GATHER_MILLISECONDS = 15;
+// A connection that lasts so long was a good one: what comes after it is a new failure.
+const GOOD_MILLISECONDS = 5000;
 
 export class StreamConnection {
   #streams = new Map();
@@ -96,7 +98,7 @@ export class StreamConnection {
         cache: "no-store",
         signal: controller.signal,
       });
-      if (response.status === 200) await this.#read(response.body);
+      if (response.status === 200) await this.#read(response.body, new Map(followed));
       else if (response.status === 401) return this.#giveUp(followed, "lost", { status: 401 });
       else if (response.status === 404) await this.#dropLost(followed);
       else if (response.status === 204 || response.status === 400) return this.#giveUp(followed, "missed");
@@ -109,14 +111,15 @@ export class StreamConnection {
     else this.#close();
   }
 
-  async #read(body) {
+  async #read(body, followed) {
+    const beganAt = Date.now();
     this.#tellAll("connected");
     let stream = null;
     const parser = createParser({
       onEvent: ({ id, event = "message", data }) => {
-        this.#failures = 0;
+        if (Date.now() - beganAt > GOOD_MILLISECONDS) this.#failures = 0;
         const value = JSON.parse(data);
-        if (event === "stream") stream = this.#streams.get(value.sessionId);
+        if (event === "stream") stream = this.#isFollowed(value.sessionId, followed);
         else if (stream) this.#take(stream, event, value);
         if (stream && id) stream.cursor = id;
       },
@@ -130,6 +133,12 @@ export class StreamConnection {
     }
   }
 
+  /** The stream of that id, if it is the one that was asked for: it may have been left, and followed anew. */
+  #isFollowed(sessionId, followed) {
+    const stream = this.#streams.get(sessionId);
+    return stream === followed.get(sessionId) ? stream : null;
+  }
+
   #take(stream, event, value) {
     if (event === "thinking" || event === "message") {
       const type = event === "message" ? "content" : event;
@@ -138,7 +147,10 @@ export class StreamConnection {
       return;
     }
     if (event === "session" || event === "phase") stream[event] = value;
-    if (event === "done") this.#forget(stream);
+    if (event === "done") {
+      this.#failures = 0;
+      this.#forget(stream);
+    }
     this.#tell(stream, event, value);
   }
 
@@ -174,7 +186,10 @@ export class StreamConnection {
   #watchForSilence() {
     this.#heardAt = Date.now();
     clearTimeout(this.#silenceTimer);
-    this.#silenceTimer = setTimeout(() => this.#open(), SILENCE_MILLISECONDS);
+    this.#silenceTimer = setTimeout(() => {
+      this.#tellAll("disconnected", { pauseMilliseconds: 0 });
+      this.#open();
+    }, SILENCE_MILLISECONDS);
   }
 
   #retryLater(leastMilliseconds) {

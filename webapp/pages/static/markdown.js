@@ -258,8 +258,12 @@ export class MarkdownText {
     const began = performance.now();
     this.#isSettled = false;
     if (this.#behind) this.#layAnew();
-    if (this.#plain) this.#plain.append(this.#text.slice(this.#shown));
-    else this.#layTail();
+    if (this.#plain && tokensOf(this.#text.slice(this.#settled)).length === 1) {
+      this.#plain.append(this.#text.slice(this.#shown));
+    } else {
+      this.#plain = null;
+      this.#layTail();
+    }
     this.#shown = this.#text.length;
     const ended = performance.now();
     this.#notBefore = ended + REST * (ended - began);
@@ -332,7 +336,7 @@ function laid(token) {
   return element;
 }
 
-const near = new Map();
+const near = new WeakMap();
 const observer = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) {
@@ -344,6 +348,12 @@ const observer = new IntersectionObserver(
   },
   { rootMargin: "800px" },
 );
+
+/** Lay out no more what is no longer on the page. */
+export function forget(element) {
+  observer.unobserve(element);
+  near.delete(element);
+}
 
 function whenNear(element, act) {
   near.set(element, act);

@@ -42,7 +42,9 @@ export class Members {
 
   async #load() {
     const { items } = await listMembers(this.#conversation.id);
+    const focused = list.contains(document.activeElement) && document.activeElement.ariaLabel;
     list.replaceChildren(...items.map((member) => this.#row(member)));
+    if (focused) [...list.querySelectorAll("select, button")].find((one) => one.ariaLabel === focused)?.focus();
   }
 
   #row({ name, role }) {

@@ -13,6 +13,8 @@ export function announce(text) {
 
 /** Show what went wrong, until it is dismissed or the next thing is tried. */
 export function showNotice(text) {
+  // Said once, however often it is tried again.
+  if (noticeText.textContent === text && !notice.hidden) return;
   noticeText.textContent = text;
   notice.hidden = false;
 }

@@ -3,6 +3,9 @@
 
 import { StreamConnection } from "./connection.js";
 
+// After which a tab hears no more of a stream, and says no more of it.
+const LAST = new Set(["done", "missed", "lost"]);
+
 const connection = new StreamConnection();
 
 addEventListener("connect", ({ ports: [port] }) => {
@@ -15,7 +18,10 @@ addEventListener("connect", ({ ports: [port] }) => {
 
   port.addEventListener("message", ({ data }) => {
     if (data.follow) {
-      const tell = ({ type, data: told }) => port.postMessage({ key: data.key, type, data: told, at: now() });
+      const tell = ({ type, data: told }) => {
+        if (LAST.has(type)) leaving.delete(data.key);
+        port.postMessage({ key: data.key, type, data: told, at: now() });
+      };
       leaving.set(data.key, connection.follow(data.follow, tell));
     } else if (data.leave) {
       leave(data.leave);

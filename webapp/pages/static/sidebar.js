@@ -50,7 +50,7 @@ export class Sidebar {
   /** Mark the conversation that is open; none for a new one. */
   setCurrent(id) {
     this.#currentId = id;
-    this.#render();
+    for (const link of list.querySelectorAll("a")) this.#mark(link);
   }
 
   /** Show a changed title. */
@@ -71,8 +71,10 @@ export class Sidebar {
   }
 
   async #loadOlder() {
+    const [cursor, search] = [this.#nextCursor, this.#searched];
     try {
-      const page = await listConversations({ cursor: this.#nextCursor, limit: PAGE_SIZE, search: this.#searched });
+      const page = await listConversations({ cursor, limit: PAGE_SIZE, search });
+      if (cursor !== this.#nextCursor || search !== this.#searched) return;
       this.#nextCursor = page.nextCursor;
       this.#conversations.push(...page.items);
       this.#render();
@@ -92,15 +94,27 @@ export class Sidebar {
   #render() {
     older.hidden = !this.#nextCursor;
     nothing.hidden = !this.#searched || this.#conversations.length > 0;
-    list.replaceChildren(...this.#conversations.map((conversation) => this.#item(conversation)));
+    // Those that are there stay, so that whoever is among them with the keyboard stays there.
+    const known = new Map([...list.children].map((item) => [item.dataset.id, item]));
+    const items = this.#conversations.map((one) => this.#item(one, known.get(one.id)));
+    items.forEach((item, index) => {
+      if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
+    });
+    while (list.children.length > items.length) list.lastElementChild.remove();
   }
 
-  #item(conversation) {
-    const item = template.content.firstElementChild.cloneNode(true);
+  #item(conversation, known) {
+    const item = known ?? template.content.firstElementChild.cloneNode(true);
     const link = item.querySelector("a");
+    item.dataset.id = conversation.id;
     link.href = `/c/${conversation.id}`;
     link.textContent = titleOf(conversation);
-    if (conversation.id === this.#currentId) link.setAttribute("aria-current", "page");
+    this.#mark(link);
     return item;
+  }
+
+  #mark(link) {
+    if (link.parentElement.dataset.id === this.#currentId) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   }
 }

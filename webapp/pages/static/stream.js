@@ -13,7 +13,7 @@ let transport = null;
 export function followStream(sessionId, on) {
   const key = nextKey++;
   followed.set(key, { sessionId, on });
-  transport ??= "SharedWorker" in self ? shared() : own();
+  transport ??= sharedIfPossible();
   transport.follow(key, sessionId);
   return () => {
     if (followed.delete(key)) transport.leave(key);
@@ -27,11 +27,20 @@ function tell(key, { type, data }) {
   one.on[type]?.(data);
 }
 
+function sharedIfPossible() {
+  try {
+    return "SharedWorker" in self ? shared() : own();
+  } catch {
+    return own(); // a browser that lets no site keep anything
+  }
+}
+
 function shared() {
   const worker = new SharedWorker(workerUrl(), { type: "module", name: "sluicegate-streams" });
   const { port } = worker;
   port.addEventListener("message", ({ data }) => tell(data.key, data));
   worker.addEventListener("error", () => {
+    port.close();
     transport = own();
     for (const [key, { sessionId }] of followed) transport.follow(key, sessionId);
   });
@@ -39,7 +48,7 @@ function shared() {
   holdLock(port);
   // A page that the browser keeps, to go back to, holds nothing meanwhile.
   addEventListener("pagehide", () => followed.forEach((_, key) => port.postMessage({ leave: key })));
-  addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
+  addEventListener("pageshow", ({ persisted }) => persisted && location.reload()); // what is in the box is kept
   return {
     follow: (key, sessionId) => port.postMessage({ follow: sessionId, key }),
     leave: (key) => port.postMessage({ leave: key }),
@@ -68,7 +77,10 @@ function own() {
   const leaving = new Map();
   return {
     follow: (key, sessionId) => leaving.set(key, connection.follow(sessionId, (event) => tell(key, event))),
-    leave: (key) => leaving.get(key)?.(),
+    leave: (key) => {
+      leaving.get(key)?.();
+      leaving.delete(key);
+    },
     wake: () => connection.wake(),
     // A tab that nobody looks at leaves its connection to those that are.
     suspend: () => connection.suspend(),

@@ -1,7 +1,7 @@
 // The messages as elements. What a person writes is shown as it is; what a model writes, as Markdown.
 
 import { copyFrom } from "./clipboard.js";
-import { MarkdownText } from "./markdown.js";
+import { MarkdownText, forget } from "./markdown.js";
 import { endingLabel, modelLabel } from "./words.js";
 
 const RENDERED_AT_ONCE = 12;
@@ -112,6 +112,11 @@ export class MessageView {
     this.#showThinking();
   }
 
+  /** Whether it says this already. */
+  isNoted(note) {
+    return this.note.textContent === note;
+  }
+
   /** As a message, a `done` event or a receipt says how it ended. */
   setEnded(ending) {
     if (this.element.dataset.state === "active") {
@@ -200,7 +205,10 @@ export class MessageList {
 
   remove(...views) {
     this.#views = this.#views.filter((view) => !views.includes(view));
-    for (const view of views) view.element.remove();
+    for (const view of views) {
+      forget(view.body);
+      view.element.remove();
+    }
   }
 
   find(id) {
