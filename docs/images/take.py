@@ -48,10 +48,11 @@ def main() -> int:
         for question in OTHERS:
             whole = client.post_message(question, model="demo")
         wait_until(lambda: client.message(whole)["status"] == "COMPLETED", 60)
+        _stop(browser, stack)
         for scheme in SCHEMES:
             _chat(browser, stack, scheme)
+        for scheme in SCHEMES:
             _ops(browser, stack, scheme)
-        _stop(browser, stack)
     print(f"Written to {HERE}:", *sorted(path.name for path in HERE.glob("*.[pw][ne][gb]*")), sep="\n  ")
     return 0
 

@@ -308,6 +308,17 @@ def test_colours_can_be_chosen_and_stay(chat: ChatPage) -> None:
 # Keeping order
 
 
+def test_the_model_is_chosen_and_stays_chosen(chat: ChatPage, client: Client, upstream: UpstreamProcess) -> None:
+    chat.page.get_by_label("Model").select_option("sluice-large:latest")
+    chat.ask("By the large one")
+    expect(chat.answer).to_contain_text("sluice-large:latest")
+    chat.expect_complete()
+    assert client.messages(chat.conversation_id)[-1]["model"] == "sluice-large:latest"
+    assert len(upstream.requests("sluice-large:latest")) == 1
+    chat.page.reload()
+    expect(chat.page.get_by_label("Model")).to_have_value("sluice-large:latest")
+
+
 def test_rename_and_delete(chat: ChatPage, client: Client) -> None:
     session = client.post_message("A passing thought", model="tokens=3,pace=0")
     chat.open(session["conversationId"])
