@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.functional.browsing import PHONE, ChatPage, quiet_context, text_of
 from tests.functional.nodes import NO_PROXIES, Client, Stack
+from tests.services import wait_until
 from tests.upstream import UpstreamProcess, expected_text
 
 # Far longer than a test: it ends when it is stopped.
@@ -371,13 +372,14 @@ def test_members_are_added_changed_and_removed(stack: Stack, chat: ChatPage, cli
     role.select_option("viewer")
     expect(dialog.get_by_role("alert")).to_be_hidden()
     expect(role).to_have_value("viewer")
-    assert {one["name"]: one["role"] for one in client.call("GET", path)["items"]} == {
-        "somebody": "viewer",
-        "tester": "owner",
-    }
+
+    def members() -> dict[str, str]:
+        return {one["name"]: one["role"] for one in client.call("GET", path)["items"]}
+
+    wait_until(lambda: members() == {"somebody": "viewer", "tester": "owner"})
     dialog.get_by_role("button", name="Remove somebody").click()
     expect(role).to_be_hidden()
-    assert [one["name"] for one in client.call("GET", path)["items"]] == ["tester"]
+    assert members() == {"tester": "owner"}
 
 
 def test_what_is_being_written_survives_a_sign_out_elsewhere(stack: Stack, chat: ChatPage) -> None:
