@@ -226,15 +226,18 @@ def test_it_can_be_read_by_all_in_light_and_dark_wide_and_narrow(stack: Stack, p
         expect(ops.chart("Partial lengths").locator("canvas")).to_have_count(1)
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
         for chart in CHARTS:
-            box = ops.chart(chart).locator("canvas").bounding_box()
-            assert box, chart
-            assert 250 < box["width"] < size["width"], chart
-        button = row.get_by_role("button").bounding_box()
-        assert button
+            canvas = ops.chart(chart).locator("canvas")  # a chart that is drawn anew has none for a moment
+            wait_until(
+                lambda c=canvas, w=size["width"]: (box := c.bounding_box()) and 250 < box["width"] < w, 10, chart
+            )
+        button = wait_until(row.get_by_role("button").bounding_box)
         assert button["x"] + button["width"] <= size["width"]  # to be had without scrolling
         line, other = (LIGHT_LINE, DARK_LINE) if (theme or scheme) == "light" else (DARK_LINE, LIGHT_LINE)
-        drawn = colours_in(ops.chart("Streams"))
-        assert (line in drawn, other in drawn) == (True, False), (scheme, theme)
+        wait_until(
+            lambda lines=(line, other): [one in colours_in(ops.chart("Streams")) for one in lines] == [True, False],
+            10,
+            f"the colours of {scheme}, {theme}",
+        )
         if not theme:
             found = Axe().run(page).response["violations"]
             assert [(one["id"], one["nodes"]) for one in found if one["impact"] in SERIOUS] == []

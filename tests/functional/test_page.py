@@ -387,7 +387,9 @@ def test_what_is_being_written_survives_a_sign_out_elsewhere(stack: Stack, chat:
     other = ChatPage(chat.page.context.new_page(), chat.base_url)
     other.page.goto(chat.base_url)
     other.box.fill("half a thought")
+    expect(other.page.get_by_label("Model")).to_be_visible()  # its scripts have run
     chat.page.get_by_role("button", name="Sign out").click()
+    expect(chat.page.get_by_label("Token", exact=True)).to_be_visible()
     expect(other.page.get_by_label("Token", exact=True)).to_be_visible()
     other.page.get_by_label("Token", exact=True).fill(stack.user("tester"))
     other.page.get_by_role("button", name="Sign in").click()

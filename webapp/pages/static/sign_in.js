@@ -4,7 +4,8 @@
 const form = document.getElementById("sign-in");
 
 // Other tabs may show what nobody is signed in for any more.
-if ("nobody" in form.dataset) new BroadcastChannel("sluicegate").postMessage({ user: null });
+const tabs = new BroadcastChannel("sluicegate");
+if ("nobody" in form.dataset) tabs.postMessage({ user: null });
 
 function submitAtOnce() {
   // "Back" must not lead to a link that is used up.
