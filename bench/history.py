@@ -207,7 +207,7 @@ def add_due(s: Session) -> dict[str, int]:
         key = f"old {number} {new_id()}"
         s.add(IdempotencyKey(user_id=user, key=key, body_sha256="", session_id=new_id(), created_at=moment - LONG))
         s.add(SignInToken(token_hash=f"old {new_id()}", user_id=user, expires_at=ago))
-    others = {"deleted_conversations": 10, "old_request_keys": 5, "old_sign_in_tokens": 5}
+    others = {"deleted_messages": 10, "deleted_conversations": 10, "old_request_keys": 5, "old_sign_in_tokens": 5}
     return {kind: count for kind, (count, _) in wanted.items()} | others
 
 

@@ -10,7 +10,7 @@ What each room is:
 - `accounts`, `conversations` and `auth`: users and their tokens, what belongs to whom, and who may do what.
 - `calls` is what a user may ask for, with its permissions; `schemas` what requests may hold; `readers` the connection
   that a stream is sent over.
-- `operations` is what operators see of everybody's streams, and how they stop one.
+- `operations` is what operators see of everybody's streams, and how they stop one; `history`, how it was.
 - `limits` is how often somebody may do what costs something.
 - `rest/`, `graphql/` and `pages/` are the faces: they only translate.
 - `app` wires all of it; `wsgi` is the application that gunicorn serves, `gunicorn` how it does so.

@@ -108,21 +108,21 @@ class Calls:
         auth.require(conversation_id, Action.READ)
         return self._queries.active_in(conversation_id)
 
-    def last_message_id(self, conversation_id: UUID) -> UUID | None:
-        """The conversation's newest message."""
-        auth.require(conversation_id, Action.READ)
-        return self._conversations.last_message_id(conversation_id)
+    def conversation_state(self, conversation_id: UUID) -> tuple[ConversationView, list[SessionView], UUID | None]:
+        """One conversation, its ACTIVE sessions and its newest message: what a page looks at again and again."""
+        conversation = auth.require(conversation_id, Action.READ)
+        active = self._queries.active_in(conversation_id)
+        return conversation, active, self._conversations.last_message_id(conversation_id)
 
     def messages(self, conversation_id: UUID) -> Sequence[MessageView]:
         """All messages, oldest first; one still streaming shows what has been checkpointed."""
         auth.require(conversation_id, Action.READ)
         return self._conversations.messages(conversation_id)
 
-    def rename_conversation(self, conversation_id: UUID, title: str) -> ConversationView:
+    def rename_conversation(self, conversation_id: UUID, title: str) -> None:
         """Give it another title."""
         auth.require(conversation_id, Action.MANAGE)
         self._conversations.rename(conversation_id, title)
-        return auth.require(conversation_id, Action.READ)
 
     def delete_conversation(self, conversation_id: UUID) -> None:
         """End its active stream, then hide it."""

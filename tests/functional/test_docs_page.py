@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from tests.functional.browsing import quiet_context
 from tests.functional.nodes import Client, Stack
-
-WAIT_MILLISECONDS = 15_000
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +22,13 @@ def stack_workers() -> int:
 
 
 @pytest.fixture
-def page(stack: Stack) -> Iterator[Page]:
-    """A page that reaches our server alone; at the end nothing was asked of another, refused, or raised."""
-    installed = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    complaints: list[str] = []
-
-    def only_ours(route: Route) -> None:
-        if route.request.url.startswith(stack.url()):
-            route.continue_()
-        else:
-            complaints.append(f"asked for {route.request.url}")
-            route.abort()
-
-    with sync_playwright() as playwright:
-        if not installed and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("there is no Chromium: install it, or run `playwright install chromium`")
-        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1200, "height": 1600})
-        context.route(re.compile(r"^https?:"), only_ours)
-        page = context.new_page()
-        page.set_default_timeout(WAIT_MILLISECONDS)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
-        yield page
-        browser.close()
-    assert complaints == []
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that reaches our server alone, and whose console says nothing of an error."""
+    errors: list[str] = []
+    with quiet_context(browser, viewport={"width": 1200, "height": 1600}) as context:
+        context.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        yield context.new_page()
+    assert errors == []
 
 
 def test_it_shows_every_call_and_makes_one_with_a_token(stack: Stack, client: Client, page: Page) -> None:

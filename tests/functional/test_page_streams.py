@@ -112,6 +112,7 @@ def test_a_silent_network_is_noticed_by_who_comes_back(
     network.silence()
     seen = text_of(chat.content)
     page.clock.fast_forward(46_000)
+    expect(chat.note).to_have_text("Reconnecting…")
     network.speak()
     wait_until(lambda: len(text_of(chat.content)) > len(seen) + 60, 20, "the answer goes on")
     chat.page.keyboard.press("Escape")
@@ -181,8 +182,6 @@ def test_ten_tabs_with_a_stream_each_do_not_hang(stack: Stack, chat: ChatPage, c
         tab.open(session["conversationId"])
     for tab in tabs:
         tab.await_token(20)
-    streams = [one for one in stack.web.log_since_start().splitlines() if '"path": "/api/streams/events"' in one]
-    assert streams == [] or '"status": 200' in streams[-1]
     for tab in tabs:
         tab.page.keyboard.press("Escape")
     for tab, session in zip(tabs, sessions, strict=True):

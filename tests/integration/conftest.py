@@ -12,6 +12,7 @@ import pytest
 import structlog
 from apiflask import APIFlask
 
+from tests.integration.api import People
 from tests.integration.world import CLOSED_REDIS, World, empty_tables, make_settings, make_world
 from tests.services import ValkeyServer
 from webapp.app import create_app, make_services
@@ -89,6 +90,12 @@ def app(session_app: APIFlask, world: World) -> APIFlask:
     """The web application over this test's world."""
     session_app.extensions["sluicegate"] = world.services
     return session_app
+
+
+@pytest.fixture
+def people(app: APIFlask, world: World) -> People:
+    """Makes callers of the web application, by name."""
+    return People(app, world)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,6 @@ from datetime import timedelta
 from uuid import UUID
 
 import pytest
-from apiflask import APIFlask
 from sqlalchemy import select, update
 
 from tests.integration.api import Caller, People, problem
@@ -26,11 +25,6 @@ TOKEN = re.compile(r"[\w.-]{20,}", re.ASCII)
 @pytest.fixture
 def accounts(world: World) -> Accounts:
     return world.services.accounts
-
-
-@pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
 
 
 def user_row(world: World, name: str) -> User:

@@ -5,16 +5,10 @@ from __future__ import annotations
 from uuid import UUID
 
 import pytest
-from apiflask import APIFlask
 
 from tests.integration.api import Caller, People, problem
 from tests.integration.world import World
 from webapp.models import Role
-
-
-@pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
 
 
 @pytest.fixture

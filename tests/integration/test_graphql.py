@@ -28,11 +28,6 @@ UNKNOWN = str(new_id())
 
 
 @pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
-
-
-@pytest.fixture
 def rest(people: People) -> Caller:
     return people("ada")
 

@@ -26,11 +26,6 @@ CREATE = "mutation {createConversation {id}}"
 
 
 @pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
-
-
-@pytest.fixture
 def rest(people: People) -> Caller:
     return people("ada")
 

@@ -309,10 +309,6 @@ class TestSigningIn:
     def world(self, world_with: MakeWorld) -> World:
         return world_with(sign_in_rate_limit="3/minute")
 
-    @pytest.fixture
-    def people(self, app: APIFlask, world: World) -> People:
-        return People(app, world)
-
     @staticmethod
     def try_from(caller: Caller, token: str, address: str = "192.0.2.1", **headers: str) -> TestResponse:
         form = {"token": token, "csrf_token": caller.csrf(SIGN_IN_PATH)}

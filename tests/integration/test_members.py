@@ -8,18 +8,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from apiflask import APIFlask
 from werkzeug.test import TestResponse
 
 from tests.integration.api import Caller, People, problem
 from tests.integration.world import World
 from webapp.errors import Conflict, NotFound
 from webapp.models import Role, new_id
-
-
-@pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
 
 
 @pytest.fixture

@@ -19,11 +19,6 @@ POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 @pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
-
-
-@pytest.fixture
 def document(people: People) -> dict[str, Any]:
     answer = people.stranger().get("/openapi.json")
     assert answer.status_code == 200

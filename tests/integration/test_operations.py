@@ -16,7 +16,7 @@ from bench.plans import PlanWatch
 from tests.integration.api import Caller, People, problem
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import CLOSED_REDIS, World
-from webapp import operations
+from webapp import history, operations
 from webapp.metrics import chunk_arrived, first_token, flushed
 from webapp.models import StreamSession, now
 from webapp.streams.lifecycle import StreamPhase, TerminationReason
@@ -29,11 +29,6 @@ CALLS = (
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 """A moment at which a step begins, whatever the window."""
 SECRET = "a heron on the weir"
-
-
-@pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
 
 
 @pytest.fixture
@@ -350,7 +345,7 @@ class TestHistory:
     def test_of_very_many_the_oldest_steps_are_left_open(
         self, world: World, just_before_noon: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(operations, "HISTORY_ROWS", 3)
+        monkeypatch.setattr(history, "HISTORY_ROWS", 3)
         for end in (1000, 400, 290, 200, 100):
             past(world, started=seconds(end + 5), claimed=seconds(end + 4), ended=seconds(end))
         past(world, started=seconds(2000), claimed=seconds(1999), ended=None)
@@ -362,7 +357,7 @@ class TestHistory:
         assert known == list(range(107, 120))
         assert set(found.active[107:]) == {1}
         assert sum(found.endings["stop"][107:]) == 3
-        monkeypatch.setattr(operations, "HISTORY_ROWS", 5)
+        monkeypatch.setattr(history, "HISTORY_ROWS", 5)
         assert not just_before_noon().truncated
 
     @pytest.mark.parametrize(("minutes", "step"), [(1, 0.5), (15, 7.5), (60, 30), (360, 180), (1440, 720)])

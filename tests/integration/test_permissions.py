@@ -10,7 +10,6 @@ from typing import Any, Final
 from uuid import UUID
 
 import pytest
-from apiflask import APIFlask
 from werkzeug.test import TestResponse
 
 from tests.integration.api import Caller, People, problem
@@ -73,11 +72,6 @@ class Place:
             "queued": list(self.world.queue.enqueued),
             "sessions": [(row.status, row.stop_reason) for row in map(self.world.row, sessions)],
         }
-
-
-@pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
 
 
 @pytest.fixture

@@ -45,11 +45,6 @@ CODES = {
 
 
 @pytest.fixture
-def people(app: APIFlask, world: World) -> People:
-    return People(app, world)
-
-
-@pytest.fixture
 def ada(people: People) -> Caller:
     return people("ada")
 

@@ -15,14 +15,18 @@ from pathlib import Path
 
 import click
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tests.terminal import COLOURS, CTRL_C, Terminal
 from webapp import cli
 from webapp.cli.flower import flower_credentials
 from webapp.cli.output import Cell, print_table
+from webapp.cli.services import open_services
 from webapp.cli.terminal import age, duration, harmless, takes_colour
 from webapp.config import Settings, load_settings
-from webapp.models import now
+from webapp.models import SignInToken, User, now
+from webapp.streams.retention import BATCH
 
 PROGRAM = str(Path(sys.executable).with_name("sluicegate"))
 
@@ -102,6 +106,29 @@ class TestUsers:
         (alice,) = json.loads(capsys.readouterr().out)
         assert alice["name"] == "alice"
         assert alice["disabledAt"]
+
+
+class TestRetention:
+    def test_all_that_is_too_old_goes_at_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """In as many batches as it takes, and nothing else."""
+        assert cli.run(["migrate"]) == 0
+        assert cli.run(["users", "create", "alice"]) == 0
+        database = open_services().database
+        count = 2 * BATCH + 1
+
+        def add_tokens(s: Session) -> None:
+            user_id = s.scalars(select(User.id)).one()
+            for number in range(count + 1):
+                expires_at = now() + timedelta(hours=1 if number == count else -1)
+                s.add(SignInToken(token_hash=str(number), user_id=user_id, expires_at=expires_at))
+
+        database.write(add_tokens)
+        capsys.readouterr()
+        assert cli.run(["retain"]) == 0
+        assert capsys.readouterr().out == f"Removed: {count:,} old sign in tokens\n"
+        assert cli.run(["retain"]) == 0
+        assert capsys.readouterr().out == "Removed: nothing\n"
+        assert database.read(lambda s: list(s.scalars(select(SignInToken.token_hash)))) == [str(count)]
 
 
 class TestStreams:

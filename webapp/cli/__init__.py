@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from webapp.cli.database import migrate
+from webapp.cli.database import migrate, retain
 from webapp.cli.doctor import doctor
 from webapp.cli.flower import flower
 from webapp.cli.settings import config
@@ -33,7 +33,7 @@ def cli(debug: bool) -> None:
         os.environ[DEBUG_VARIABLE] = "1"
 
 
-for _command in (up, users, streams, doctor, config, migrate, flower):
+for _command in (up, users, streams, doctor, config, migrate, retain, flower):
     cli.add_command(_command)
 
 

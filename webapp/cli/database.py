@@ -1,10 +1,11 @@
-"""`sluicegate migrate`: the database's tables."""
+"""`sluicegate migrate` and `retain`: the database's tables, and what is too old to stay in them."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,34 @@ def migrate() -> None:
         else:
             upgrade()
     click.echo(f"The database is up to date: {mask_url(settings.effective_database_url)}")
+
+
+@click.command()
+def retain() -> None:
+    """Remove from the database, at once, what is too old to be kept.
+
+    The reaper does the same by itself, a batch with each of its passes: this is for after a retention was shortened, or
+    before a backup. Safe to repeat, to interrupt, and beside everything else.
+
+    \b
+    Example:
+      SLUICEGATE_SESSION_RETENTION_DAYS=7 sluicegate retain
+    """
+    from webapp.cli.services import open_services
+    from webapp.streams.retention import Retention
+
+    services = open_services()
+    retention = Retention(services.database, services.settings)
+    removed: Counter[str] = Counter()
+    status = StatusLine()
+    try:
+        while any((batch := retention.sweep()).values()):
+            removed.update(batch)
+            status.show(f"{removed.total():,} rows removed")
+    finally:
+        status.clear()
+        told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in removed.items() if count)
+        click.echo(f"Removed: {told or 'nothing'}")
 
 
 class _Steps:

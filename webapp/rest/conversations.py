@@ -52,7 +52,7 @@ def list_conversations(query: ConversationPage) -> ResponseReturnValue:
 @conversations.doc(responses={200: described(ConversationView, "The conversation", more=_STATE), **problems(401, 404)})
 def get(conversation_id: UUID) -> ResponseReturnValue:
     """Look at a conversation and its active streams"""
-    return jsonify(_with_state(calls().conversation(conversation_id)))
+    return jsonify(_state(conversation_id))
 
 
 @conversations.patch("/<uuid:conversation_id>")
@@ -65,7 +65,8 @@ def get(conversation_id: UUID) -> ResponseReturnValue:
 )
 def rename(conversation_id: UUID, body: ConversationChange) -> ResponseReturnValue:
     """Rename a conversation"""
-    return jsonify(_with_state(calls().rename_conversation(conversation_id, body.title)))
+    calls().rename_conversation(conversation_id, body.title)
+    return jsonify(_state(conversation_id))
 
 
 @conversations.delete("/<uuid:conversation_id>")
@@ -109,10 +110,9 @@ def remove_member(conversation_id: UUID, name: str) -> ResponseReturnValue:
     return "", 204
 
 
-def _with_state(conversation: ConversationView) -> dict[str, object]:
-    active = calls().active_streams_in(conversation.id)
-    last = calls().last_message_id(conversation.id)
+def _state(conversation_id: UUID) -> dict[str, object]:
+    conversation, active, last_message_id = calls().conversation_state(conversation_id)
     return conversation.as_dict() | {
         "activeStreams": [one.as_dict() for one in active],
-        "lastMessageId": str(last) if last else None,
+        "lastMessageId": str(last_message_id) if last_message_id else None,
     }

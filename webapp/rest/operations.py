@@ -9,8 +9,9 @@ from flask import current_app, jsonify
 from flask.typing import ResponseReturnValue
 
 from webapp import auth
+from webapp.history import HistoryView
 from webapp.logs import bind
-from webapp.operations import HistoryView, Operations, OperationsView
+from webapp.operations import Operations, OperationsView
 from webapp.rest.openapi import described, problems, schema_of
 from webapp.schemas import HistoryWindow, OperatorStop
 from webapp.views import ReceiptView

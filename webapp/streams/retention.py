@@ -36,9 +36,11 @@ class Retention:
         """
         moment = now()
         ended_before = moment - timedelta(days=self._settings.session_retention_days)
+        messages, conversations = self._conversations()
         return {
             "old_sessions": self._delete(self.old_sessions(ended_before)),
-            "deleted_conversations": self._conversations(),
+            "deleted_messages": messages,
+            "deleted_conversations": conversations,
             "old_request_keys": self._delete(self.old_request_keys(moment - REQUEST_KEY_KEPT)),
             "old_sign_in_tokens": self._delete(self.old_sign_in_tokens(moment)),
         }
@@ -63,19 +65,23 @@ class Retention:
     def _delete(self, statement: Delete) -> int:
         return self._database.write(lambda s: _rows(s, statement))
 
-    def _conversations(self) -> int:
-        """The messages first, with their sessions, a batch a pass; a conversation once it has none left."""
+    def _conversations(self) -> tuple[int, int]:
+        """The messages first, with their sessions, a batch a pass; a conversation once it has none left.
+
+        Returns how many of both went.
+        """
         before = now() - timedelta(days=self._settings.deleted_retention_days)
         old = select(Conversation.id).where(Conversation.deleted_at < before).order_by(Conversation.deleted_at)
 
-        def work(s: Session) -> int:
+        def work(s: Session) -> tuple[int, int]:
             ids = list(s.scalars(old.limit(CONVERSATION_BATCH)))
             if not ids:
-                return 0
+                return 0, 0
             said = select(Message.id).where(Message.conversation_id.in_(ids))
-            if _rows(s, delete(Message).where(Message.id.in_(_batch(said)))) == BATCH:
-                return 0
-            return _rows(s, delete(Conversation).where(Conversation.id.in_(ids)))
+            messages = _rows(s, delete(Message).where(Message.id.in_(_batch(said))))
+            if messages == BATCH:
+                return messages, 0
+            return messages, _rows(s, delete(Conversation).where(Conversation.id.in_(ids)))
 
         return self._database.write(work)
 

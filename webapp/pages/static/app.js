@@ -9,6 +9,7 @@ import { chosenModel, loadModels } from "./models.js";
 import { showNotice } from "./notices.js";
 import { followEnd } from "./scroll.js";
 import { Sidebar } from "./sidebar.js";
+import { tabs } from "./tabs.js";
 import { MessageList } from "./view.js";
 import { titleOf } from "./words.js";
 
@@ -105,7 +106,6 @@ document.addEventListener("visibilitychange", () => {
 addEventListener("popstate", () => chat.open(idInAddress()));
 
 // Who signs in in this browser is who every call is made for from then on, in all of its tabs.
-const tabs = new BroadcastChannel("sluicegate");
 const me = document.body.dataset.user;
 tabs.addEventListener("message", ({ data }) => {
   if ("user" in data && data.user !== me) location.reload();

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { isWhatWasSaved } from "./integrity.js";
 import { announce, hideNotice, showNotice } from "./notices.js";
 import { followStream } from "./stream.js";
+import { tabs } from "./tabs.js";
 import { endingLabel, phaseLabel } from "./words.js";
 
 const RECONNECTING = "Reconnecting…";
@@ -11,8 +12,6 @@ const OFFLINE = "You are offline. The answer goes on without you, and appears wh
 const LOAD_AGAIN_MILLISECONDS = 3000;
 // Another person, or another machine, may write here; other tabs of this browser say so themselves.
 const LOOK_AGAIN_MILLISECONDS = 4000;
-
-const tabs = new BroadcastChannel("sluicegate");
 
 export class Chat {
   // The answer that is being written: {view, sessionId, stopping, started, note, leave}. Whoever comes back
@@ -34,7 +33,9 @@ export class Chat {
     this.empty = empty;
     this.onOpened = onOpened;
     this.onStarted = onStarted;
-    tabs.addEventListener("message", ({ data }) => data.changed === this.#conversation?.id && this.refresh());
+    tabs.addEventListener("message", ({ data }) => {
+      if (data.changed && data.changed === this.#conversation?.id) this.refresh();
+    });
   }
 
   get conversation() {

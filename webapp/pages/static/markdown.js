@@ -19,6 +19,9 @@ const REST = 1; // after laying out for some time, so many times as long is left
 // Embeddings, overrides and isolates, which show a text in another order than it is written in.
 const DIRECTION_CONTROL = /[\u202a-\u202e\u2066-\u2069]/;
 
+// What may end a block that is too long to be looked through with each piece.
+const BLOCK_END = /\n[ \t]*\n|^ {0,3}(?:`{3}|~{3})/m;
+
 // What gives links elsewhere in the text, before it as well, their address.
 const DEFINITION = /^ {0,3}\[[^\]\n]+\]:/m;
 
@@ -258,15 +261,17 @@ export class MarkdownText {
     const began = performance.now();
     this.#isSettled = false;
     if (this.#behind) this.#layAnew();
-    if (this.#plain && tokensOf(this.#text.slice(this.#settled)).length === 1) {
-      this.#plain.append(this.#text.slice(this.#shown));
-    } else {
-      this.#plain = null;
-      this.#layTail();
-    }
+    if (this.#plain && !this.#mayHaveEnded()) this.#plain.append(this.#text.slice(this.#shown));
+    else this.#layTail();
     this.#shown = this.#text.length;
     const ended = performance.now();
     this.#notBefore = ended + REST * (ended - began);
+  }
+
+  /** Of the long block: whether what has come since may be its end. */
+  #mayHaveEnded() {
+    const begunAt = this.#text.lastIndexOf("\n", this.#shown - 2) + 1; // with the line before, which may be its half
+    return this.#text.length - this.#settled <= SETTLED_LIMIT && BLOCK_END.test(this.#text.slice(begunAt));
   }
 
   #layAnew() {
@@ -282,6 +287,7 @@ export class MarkdownText {
       this.#growPlain(tail);
       return;
     }
+    this.#plain = null;
     const last = tokens.findLastIndex(({ type }) => type !== "space");
     tokens.forEach((token, index) => {
       if (token.type === "space") {
@@ -312,6 +318,7 @@ export class MarkdownText {
     this.#block?.remove();
     this.#block = this.element.appendChild(document.createElement("div"));
     this.#block.className = "block";
+    this.#block.dir = "auto";
     this.#plain = new PlainText(this.#block);
     this.#plain.append(tail);
   }

@@ -1,10 +1,11 @@
 // A person who opened the printed link has already said what they want: press the button for them.
 // Without scripts, and for whatever only fetches links, the button stays unpressed.
 
+import { tabs } from "./tabs.js";
+
 const form = document.getElementById("sign-in");
 
 // Other tabs may show what nobody is signed in for any more.
-const tabs = new BroadcastChannel("sluicegate");
 if ("nobody" in form.dataset) tabs.postMessage({ user: null });
 
 function submitAtOnce() {
